@@ -1,0 +1,279 @@
+"""Images from what a path holds, and batches of random crops of them.
+
+Nothing given: the embedded textures. A folder: class folders under train/ and val/ or test/; the CIFAR-10 batches of
+torchvision; or images without classes, for pre-training only. Small images are decoded once and stay in memory; of
+others a worker decodes the file, once for all views, and hands over uint8 crops. What follows the crop is augment.py's.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from common import augment, ddp, textures
+
+EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
+SMALL = 64                                                      # pixels: up to this side, images are kept in memory
+BROKEN = .01                                                    # share of unreadable images that stops a run
+
+
+@dataclasses.dataclass
+class Images:
+    """Images as `pixels` (n, 3, H, W) uint8 or as `files` (n,) bytes, and their `labels` (n,) int64 or None."""
+
+    labels: torch.Tensor = None
+    pixels: torch.Tensor = None
+    files: np.ndarray = None
+
+    def __len__(self):
+        return len(self.files) if self.pixels is None else len(self.pixels)
+
+
+@dataclasses.dataclass
+class Data:
+    """What a path holds. `scale` is imagenet, cifar10 or textures; `test` and `classes` are None without labels."""
+
+    path: str
+    description: str
+    scale: str
+    train: Images
+    test: Images = None
+    classes: list = None
+
+
+def open_data(path=None):
+    """Recognise what `path` holds; None is the textures. Raises SystemExit with one line that says what was expected."""
+    if path is None:
+        train, test = (Images(torch.from_numpy(labels), torch.from_numpy(pixels))
+                       for pixels, labels in (textures.draw(10_000, 0), textures.draw(2_000, 1)))
+        return Data(None, "embedded textures, 10000 + 2000 images of 32 pixels, 10 classes", "textures", train, test,
+                    list(textures.CLASSES))
+    root = Path(path).expanduser().resolve()
+    if not root.is_dir():
+        raise SystemExit(f"{path}: {'not a folder' if root.exists() else 'no such folder'}; expected a folder of images")
+    batches = root / "cifar-10-batches-py" if (root / "cifar-10-batches-py").is_dir() else root
+    if (batches / "data_batch_1").is_file():
+        return _cifar10(batches)
+    if (root / "train").is_dir():
+        return _class_folders(root)
+    files = _find(root)
+    if not len(files):
+        raise SystemExit(f"{path}: no images in this folder; expected train/<class>/ and val/<class>/, the CIFAR-10 "
+                         f"batches, or image files ({' '.join(EXTENSIONS)})")
+    return _from_files(root, "images without classes", files, None)
+
+
+def _find(folder):
+    found = (os.path.join(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names
+             if name.lower().endswith(EXTENSIONS))
+    return np.array(sorted(map(os.fsencode, found)), dtype=np.bytes_)
+
+
+def _cifar10(folder):
+    """Through torchvision, whose checksums come before its pickles: a stranger's pickle would run code."""
+    sets = []
+    for train in (True, False):
+        try:
+            found = torchvision.datasets.CIFAR10(folder.parent, train=train)
+        except RuntimeError:
+            raise SystemExit(f"{folder}: not CIFAR-10's batches: a file is missing or its checksum is wrong")
+        sets.append(Images(torch.tensor(found.targets), torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()))
+    return Data(str(folder), "CIFAR-10's batches, 50000 + 10000 images of 32 pixels, 10 classes", "cifar10", *sets,
+                found.classes)
+
+
+def _class_folders(root):
+    """train/<class>/ and val/<class>/ or test/<class>/; train/ alone serves pre-training."""
+    splits, classes = [], None
+    for split in (root / "train", next((root / s for s in ("val", "test") if (root / s).is_dir()), None)):
+        if split is None:
+            splits.append((None, None))
+            continue
+        names = sorted(d.name for d in split.iterdir() if d.is_dir())
+        if not names:
+            raise SystemExit(f"{split}: no class folders; expected {split.name}/<class>/*.jpg")
+        if classes not in (None, names):
+            odd = sorted(set(classes) ^ set(names))[0]
+            raise SystemExit(f"{split}: its classes are not those of train/: {odd} is in one of them only")
+        classes = names
+        files = [_find(split / name) for name in names]
+        empty = next((name for name, f in zip(names, files) if not len(f)), None)
+        if empty is not None:
+            raise SystemExit(f"{split / empty}: no images in this class folder; expected {' '.join(EXTENSIONS)}")
+        splits.append((np.concatenate(files), torch.arange(len(names)).repeat_interleave(
+            torch.tensor([len(f) for f in files]))))
+    return _from_files(root, f"class folders, {len(classes)} classes", *splits[0], *splits[1], classes)
+
+
+def _from_files(root, what, files, labels, test_files=None, test_labels=None, classes=None):
+    sample = files[np.linspace(0, len(files) - 1, min(len(files), 32)).astype(int)]
+    sizes, reason = [], None
+    for name in sample:
+        try:
+            sizes.append(read_image(name).size)
+        except Exception as error:                              # PIL raises many kinds for a broken file
+            reason = f"{os.fsdecode(name)}: {error}"
+    if not sizes:
+        raise SystemExit(f"{root}: none of {len(sample)} sampled images can be read; {reason}")
+    small = max(map(max, sizes)) <= SMALL
+    # in memory only where all have one size: crops of them are one matrix product
+    keep = small and len(set(sizes)) == 1
+    train, test = (None if f is None else _decode(f, y, sizes[0][::-1]) if keep else Images(y, files=f)
+                   for f, y in ((files, labels), (test_files, test_labels)))
+    width, height = np.median(sizes, 0).astype(int)
+    count = f"{len(train)}" + (f" + {len(test)}" if test else "")
+    return Data(str(root), f"{what}, {count} images of about {width} x {height} pixels",
+                "cifar10" if small else "imagenet", train, test, classes)
+
+
+def read_image(name):
+    """The decoded RGB image of a file, whatever its mode. Raises what PIL raises."""
+    with Image.open(name) as image:
+        return image.convert("RGB")
+
+
+def _decode(files, labels, size):
+    """All files in memory, as images of one size (height, width)."""
+    loader = DataLoader(_Files(files, functools.partial(_resized, size=size)), batch_size=500,
+                        num_workers=default_workers(), generator=torch.Generator())
+    pixels, index, broken, done = torch.empty(len(files), 3, *size, dtype=torch.uint8), [], {}, 0
+    for read, images in loader:
+        pixels[done:done + len(read)] = images
+        _count_broken(broken, range(done, done + len(read)), read.tolist(), files)
+        index.append(read)
+        done += len(read)
+    return Images(None if labels is None else labels[torch.cat(index)], pixels)
+
+
+def _count_broken(broken, asked, read, files):
+    """Add to the dict `broken` what was replaced, and name it once. Raises SystemExit above 1 % of the files."""
+    for i, j in zip(asked, read):
+        if i != j and i not in broken:
+            broken[i] = j
+            print(f"unreadable image {os.fsdecode(files[i])}, replaced by {os.fsdecode(files[j])}", file=sys.stderr)
+    if len(broken) > BROKEN * len(files):
+        raise SystemExit(f"{len(broken)} of {len(files)} images cannot be read, more than {BROKEN:.0%}; "
+                         f"the first is {os.fsdecode(files[min(broken)])}; remove or repair them")
+
+
+class _Files(Dataset):
+    """What a worker does: an index, or (index, u), -> the index that was read, and `make` of its decoded image.
+
+    A file that cannot be read is replaced by the next one that can: a function of the index, not a draw.
+    """
+
+    def __init__(self, files, make):
+        self.files, self.make = files, make
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        index, u = key if isinstance(key, tuple) else (key, None)
+        for at in itertools.chain(range(index, len(self.files)), range(index)):
+            try:
+                image = torch.from_numpy(np.array(read_image(self.files[at])))
+                break
+            except Exception:                                   # PIL raises many kinds for a broken file
+                continue
+        return at, self.make(image.permute(2, 0, 1), u)
+
+
+def _crops(image, u, size, area):
+    boxes = augment.crop_boxes(*image.shape[1:], u, area)
+    return torch.stack([resize(image[:, t:t + h, l:l + w], (size, size)) for t, l, h, w in boxes.tolist()])
+
+
+def _resized(image, _, size):
+    return image if image.shape[1:] == size else resize(image, size)
+
+
+def _centre(image, _, size):
+    """For evaluation: short side to size * 8/7 (256 for 224), then the centre, as He et al. 2020."""
+    height, width = image.shape[1:]
+    if height == width == size:
+        return image
+    factor = round(size * 8 / 7) / min(height, width)
+    image = resize(image, (round(height * factor), round(width * factor)))
+    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    return image[:, top:top + size, left:left + size]
+
+
+def resize(image, size):
+    """Antialiased bilinear: (3, H, W) uint8 -> (3, *size) uint8."""
+    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+
+
+def _u(seed, step, views, batch):
+    """The uniform draws behind the global batch's crops, (batch, views, 22)."""
+    return augment.generator(seed, step, 1).random((batch, views, 22))
+
+
+class _Steps:
+    """A batch sampler over steps, not epochs: the workers never wait at the end of an epoch."""
+
+    def __init__(self, n, batch, seed, start, stop, views):
+        self.n, self.batch, self.seed, self.start, self.stop, self.views = n, batch, seed, start, stop, views
+
+    def __iter__(self):
+        mine, epoch = ddp.rows(self.batch), None
+        for step in range(self.start, self.stop):
+            now, i = divmod(step, self.n // self.batch)
+            if now != epoch:
+                epoch, order = now, augment.generator(self.seed, now, 0).permutation(self.n)
+            indices = order[i * self.batch:(i + 1) * self.batch]
+            yield list(zip(indices[mine].tolist(), _u(self.seed, step, self.views, self.batch)[mine]))
+
+
+def default_workers():
+    return max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def views(images, n_views, *, size, area, batch, seed, start, stop, device, workers):
+    """Yield `(step, x, index)` for the steps from `start` to `stop`: crops of this process's part of each global batch.
+
+    `x` (V, N, 3, size, size) uint8 on `device`, V crops of `area` (lo, hi) of each image; `index` (N,) int64 on the CPU,
+    the images they are from. Which images and crops, is a function of (seed, step) alone. An image that cannot be read
+    is named and replaced by the next one; more than 1 % of them raise SystemExit.
+    """
+    steps = _Steps(len(images), batch, seed, start, stop, n_views)
+    if images.pixels is not None:
+        pixels = images.pixels.to(device)
+        for step, keys in zip(range(start, stop), steps):
+            index = torch.tensor([i for i, _ in keys])
+            u = np.stack([u for _, u in keys], 1).reshape(n_views * len(keys), 22)
+            boxes = torch.from_numpy(augment.crop_boxes(*pixels.shape[2:], u, area))
+            chosen = pixels[index.to(device)].repeat(n_views, 1, 1, 1)
+            yield step, augment.crop_resize(chosen, boxes, size).view(n_views, len(keys), 3, size, size), index
+        return
+    crops = _Files(images.files, functools.partial(_crops, size=size, area=area))
+    loader = DataLoader(crops, batch_sampler=steps, num_workers=workers, pin_memory=device.type == "cuda",
+                        generator=torch.Generator(), prefetch_factor=4 if workers else None)
+    broken = {}
+    for step, keys, (index, x) in zip(range(start, stop), steps, loader):
+        _count_broken(broken, [i for i, _ in keys], index.tolist(), images.files)
+        yield step, x.to(device, non_blocking=True).transpose(0, 1), index
+
+
+def whole(images, *, size, batch, device, workers, rows=None):
+    """Yield uint8 batches (n, 3, size, size) on `device` of the un-augmented images `rows` (a slice), each once."""
+    rows, make = rows or slice(0, len(images)), functools.partial(_centre, size=size)
+    if images.pixels is not None:
+        for part in images.pixels[rows].to(device).split(batch):
+            yield part if part.shape[2:] == (size, size) else torch.stack([make(image, None) for image in part])
+        return
+    files, broken, done = images.files[rows], {}, 0
+    for index, x in DataLoader(_Files(files, make), batch_size=batch, num_workers=workers,
+                               generator=torch.Generator(), pin_memory=device.type == "cuda"):
+        _count_broken(broken, range(done, done + len(index)), index.tolist(), files)
+        done += len(index)
+        yield x.to(device, non_blocking=True)

@@ -1,0 +1,158 @@
+"""Encoders f and projection heads g: z = g(f(x)) (Sec. 2, Fig. 1), built, saved and read back.
+
+f is torchvision's ResNet without its classifier, so its state dict has torchvision's names and nothing else. An
+architecture is one word: torchvision's name (`resnet50`), `resnet10` for small machines (one BasicBlock a stage), and
+`-3x3` behind it for images of 32 pixels (3x3 stem of stride 1, no max-pool).
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+ARCHS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+HEADS = ("mlp", "none", "fixed", "deep", "narrow", "identity")
+
+
+class GroupBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation whose statistics are taken over groups of `group` images, not over a process's batch.
+
+    The groups belong to the run (the paper's 256 images on 8 GPUs are groups of 32), so that shuffling BN (He et al.
+    2020, Sec. 3.3) does its work in one process too, and W processes compute what one computes. The running
+    statistics move once per step, by the mean over the groups. `group` None is ordinary batch normalisation.
+    """
+
+    def __init__(self, channels, group=None, **kwargs):
+        super().__init__(channels, **kwargs)
+        self.group = group
+
+    def forward(self, x):                                       # (N, C, H, W)
+        if not self.training or self.group is None or len(x) <= self.group:
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)
+        parts = x.split(self.group)
+        n, m, out = len(parts), self.momentum, []
+        for i, part in enumerate(parts):
+            # this momentum, in turn, gives every group the weight m / n and leaves 1 - m of what was there before
+            out.append(F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias,
+                                    True, m / (n - m * (n - 1 - i)), self.eps))
+        return torch.cat(out)
+
+
+def resnet(arch, bn_group=None):
+    """The encoder f: images (N, 3, H, W) -> h (N, width), pooled, width 512 or 2048 (Sec. 2).
+
+    Initialised as torchvision does, from torch's global generator. Raises SystemExit for an unknown `arch`.
+    """
+    name, small = arch.removesuffix("-3x3"), arch.endswith("-3x3")
+    if name not in ARCHS:
+        raise SystemExit(f"--arch {arch}: unknown; known are {', '.join(ARCHS)}, each also with -3x3 behind it")
+    norm = functools.partial(GroupBatchNorm2d, group=bn_group)
+    if name == "resnet10":
+        f = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm)
+    else:
+        f = getattr(torchvision.models, name)(weights=None, norm_layer=norm)
+    f.width, f.fc = f.fc.in_features, nn.Identity()
+    if small:
+        f.conv1, f.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        nn.init.kaiming_normal_(f.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return f
+
+
+def head(kind, width, dim=128):
+    """The projection head g: h (N, width) -> z (N, dim). Table 1; each row keeps the last layer, which maps to dim.
+
+    `mlp` fc-ReLU-fc; (a) `none` fc, the released code without its MLP; (b) `fixed` the MLP, its hidden layer frozen as
+    initialised, uniform in +-1/sqrt(width); (c) `deep` fc-ReLU-fc-ReLU-fc; (d) `narrow` a hidden layer of width/16
+    (2048 -> 128). `identity` compares h itself. The paper's g is what stands before the last layer; see the README.
+    """
+    relu, last = functools.partial(nn.ReLU, inplace=True), nn.Linear(width, dim)
+    if kind == "identity":
+        return nn.Identity()
+    if kind == "none":
+        return nn.Sequential(last)
+    if kind in ("mlp", "fixed"):
+        g = nn.Sequential(nn.Linear(width, width), relu(), last)
+        g[0].requires_grad_(kind != "fixed")
+        return g
+    if kind == "deep":
+        return nn.Sequential(nn.Linear(width, width), relu(), nn.Linear(width, width), relu(), last)
+    if kind == "narrow":
+        return nn.Sequential(nn.Linear(width, width // 16), relu(), nn.Linear(width // 16, dim))
+    raise SystemExit(f"--head {kind}: unknown; known are {', '.join(HEADS)}")
+
+
+class Encoder(nn.Module):
+    """z = g(f(x)): (N, 3, H, W) -> (N, D)."""
+
+    def __init__(self, f, g):
+        super().__init__()
+        self.f, self.g = f, g
+
+    def forward(self, x):
+        return self.g(self.f(x))
+
+    def embed(self, x, feature="h"):
+        """`h` = f(x) (N, width), `hidden` the activation after g's first ReLU, which Fig. 2 (d) calls z, or `z`.
+
+        Raises SystemExit for `hidden` where g has no hidden layer.
+        """
+        h = self.f(x)
+        if feature == "hidden":
+            if not (isinstance(self.g, nn.Sequential) and len(self.g) > 2):
+                raise SystemExit("--feature hidden: the head of this encoder has no hidden layer")
+            return self.g[:2](h)
+        return h if feature == "h" else self.g(h)
+
+
+def load_state(module, state, what):
+    """Load `state` into `module`; every tensor must be there in its shape, and nothing else.
+
+    Raises SystemExit with `what` and the name of the first tensor that is missing, has another shape or is unknown.
+    """
+    wanted = module.state_dict()
+    for name, tensor in wanted.items():
+        if name not in state:
+            raise SystemExit(f"{what}: tensor {name} is missing")
+        if state[name].shape != tensor.shape:
+            raise SystemExit(f"{what}: tensor {name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
+    for name in state:
+        if name not in wanted:
+            raise SystemExit(f"{what}: tensor {name} does not belong to this network")
+    module.load_state_dict(state)
+
+
+def read_checkpoint(path):
+    """A checkpoint as a dict, on the CPU, without running any code that it may hold.
+
+    Raises SystemExit where the file is missing, is no checkpoint of ours, or would run code.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: no such file; expected a checkpoint.pt of one of the training scripts")
+    except Exception as error:                                  # torch raises many kinds for a file that is no archive
+        raise SystemExit(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0][:100]})")
+    if not isinstance(checkpoint, dict) or not {"f", "g", "settings"} <= checkpoint.keys():
+        raise SystemExit(f"{path}: not a checkpoint of these scripts (it lacks f, g or settings)")
+    return checkpoint
+
+
+def load_encoder(path, arch=None, seed=0):
+    """`(encoder, settings)` from a checkpoint of ours; `random` is the untrained `arch` with an MLP head, settings {}.
+
+    Batch statistics of `random` are as constructed. Raises SystemExit as `read_checkpoint` and `load_state` do.
+    """
+    if path == "random":
+        torch.manual_seed(seed)
+        f = resnet(arch)
+        return Encoder(f, head("mlp", f.width)), {}
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint["settings"]
+    f = resnet(settings["arch"])
+    encoder = Encoder(f, head(settings["head"], f.width))
+    load_state(encoder.f, checkpoint["f"], f"{path}: f")
+    load_state(encoder.g, checkpoint["g"], f"{path}: g")
+    return encoder, settings

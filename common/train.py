@@ -1,0 +1,337 @@
+"""What every training script needs and no reader of the paper would miss: settings, schedules, logs, checkpoints."""
+
+import argparse
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from common import data, ddp, model
+
+UNFINISHED = 75                                                 # exit code: saved, start again to go on
+EVERY = 50                                                      # steps between lines of the log
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_flags(parser, presets):
+    """The data argument and the flags that all training scripts share. What is not given comes from preset or scale."""
+    add = parser.add_argument
+    add("data", nargs="?", metavar="DATA", help="a folder of images; without it, the embedded textures")
+    add("--preset", default=next(iter(presets)), choices=presets, metavar="ROW",
+        help=f"a row of the paper's tables: {', '.join(presets)}")
+    add("--out", metavar="DIR", help="where the run is written (default: runs/SCRIPT-SCALE-PRESET)")
+    add("--fresh", action="store_true", help="start anew where --out holds a run already")
+    add("--seed", type=int, metavar="n")
+    add("--epochs", type=int, metavar="n")
+    add("--max-steps", type=int, metavar="n", help="stop after this step of the run; the schedule stays as it is")
+    add("--batch-size", type=int, metavar="n", help="images of all processes together")
+    add("--lr", type=float, help="learning rate of this batch (default: the scale's, times batch / its batch)")
+    add("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up")
+    add("--arch", metavar="NAME", help=f"{', '.join(model.ARCHS)}; -3x3 behind it for small images")
+    add("--bn-group", type=int, metavar="n", help="images that share batch statistics (the paper's 32)")
+    add("--workers", type=int, metavar="n", default=data.default_workers(), help="processes that read files")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the processor is good at it")
+    add("--compile", action="store_true", help="torch.compile the encoders")
+
+
+def resolve(script, args, scales, presets, scale, named=()):
+    """Settings of a run, scale < preset < flags, as a SimpleNamespace; its default folder as `out`.
+
+    `named` are flags that become part of the folder's name where they are given. Says what it decided by itself.
+    """
+    preset = {k: v for k, v in presets[args.preset].items() if k not in ("paper", "long")}
+    settings = {"script": script, "scale": scale, "preset": args.preset, "seed": 0, **scales[scale], **preset}
+    long = settings.pop("long")
+    if presets[args.preset].get("long"):
+        settings["epochs"] *= long
+    if preset and all(scales[scale].get(k) == v for k, v in preset.items()):
+        say(f"note: at the scale {scale}, {args.preset} has the baseline's settings")
+    flags = {k: v for k, v in vars(args).items() if v is not None and k not in (
+        "data", "out", "fresh", "max_steps", "workers", "compile", "preset")}
+    base_lr, base_batch = settings["lr"], settings["batch_size"]
+    settings |= flags
+    if "lr" not in flags and settings["batch_size"] != base_batch:
+        settings["lr"] = base_lr * settings["batch_size"] / base_batch
+        say(f"note: learning rate {settings['lr']:g} = {base_lr:g} x {settings['batch_size']} / {base_batch}, "
+            "the linear rule")
+    settings["precision"] = args.precision or ("bf16" if _good_at_bf16() else "fp32")
+    settings["data"] = args.data and str(Path(args.data).expanduser().resolve())
+    name = [f"{flag}{getattr(args, flag)}" for flag in (*named, "seed") if getattr(args, flag) is not None]
+    out = Path(args.out or "-".join([f"runs/{script}-{scale}-{args.preset}", *name]))
+    return SimpleNamespace(**settings), out
+
+
+def _good_at_bf16():
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return any(getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("avx512_bf16", "amx_tile"))
+
+
+def check(s, n_images):
+    """Raise SystemExit with one line if a batch of settings `s` cannot be made of `n_images`, processes and groups."""
+    world, unit = ddp.world(), s.bn_group * ddp.world()
+    for name in ("epochs", "batch_size", "bn_group"):
+        if getattr(s, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(s, name)}: expected 1 or more")
+    if s.lr <= 0 or s.warmup < 0 or s.seed < 0:
+        raise SystemExit(f"--lr {s.lr:g} --warmup {s.warmup} --seed {s.seed}: expected lr above 0, the others 0 or more")
+    if s.batch_size > n_images:
+        fits = f"--batch-size {n_images // unit * unit} would fit" if n_images >= unit else (
+            f"fewer than one group; --bn-group {max(1, n_images // world)} "
+            f"--batch-size {max(1, n_images // world) * world} would fit")
+        raise SystemExit(f"--batch-size {s.batch_size}: larger than the data set of {n_images} images; {fits}")
+    if s.batch_size % unit:
+        share = s.batch_size // world
+        fits = max(g for g in range(1, max(share, 1) + 1) if share % g == 0 and g <= s.bn_group) if share else 1
+        raise SystemExit(
+            f"--batch-size {s.batch_size}: does not divide into {world} processes with groups of {s.bn_group} images; "
+            + (f"--bn-group {fits} or " if s.batch_size % world == 0 else "")
+            + f"--batch-size {max(1, round(s.batch_size / unit)) * unit} would fit")
+
+
+def say(text):
+    """Print on one process."""
+    if ddp.rank() == 0:
+        print(text, flush=True)
+
+
+def learning_rate(step, *, lr, schedule, warmup, epochs, steps_per_epoch):
+    """The learning rate of a step, as MoCo releases it: constant within an epoch.
+
+    `cosine`: lr/2 (1 + cos(pi epoch / epochs)); `steps`: a tenth from .6 and a hundredth from .8 of the epochs (120 and
+    160 of 200); before, `warmup` steps of linear growth.
+    """
+    epoch = step // steps_per_epoch
+    if schedule == "cosine":
+        lr *= .5 * (1 + math.cos(math.pi * epoch / epochs))
+    else:
+        lr *= .1 ** sum(epoch >= round(part * epochs, 6) for part in (.6, .8))
+    return lr * min(1, (step + 1) / (warmup + 1))
+
+
+def embedder(module, device, precision, compiled=False):
+    """How a step calls a module: in bf16 autocast if `precision` says so, and compiled if `compiled`."""
+    call = torch.compile(module) if compiled else module
+
+    def embed(x):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return call(x)
+    return embed
+
+
+class Run:
+    """A folder `out` with checkpoint.pt, log.jsonl and curves.png, the live line, and the wish to stop.
+
+    `state` is the checkpoint to go on from, or None. Raises SystemExit if `out` cannot be written, or holds a run of
+    other settings; `fresh` starts anew.
+    """
+
+    def __init__(self, out, settings, total, device, fresh=False, chance=1.):
+        self.out, self.settings, self.total, self.device, self.chance = Path(out), vars(settings), total, device, chance
+        self.batch, self.state, self.asked = settings.batch_size, None, False
+        path = self.out / "checkpoint.pt"
+        if not fresh and path.exists():
+            self.state = model.read_checkpoint(path)
+            self._refuse_other_settings()
+        self.start = self.state["step"] if self.state else 0
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "log.jsonl").open("a").close()
+        except OSError as error:
+            raise SystemExit(f"--out {self.out}: cannot be written ({error.strerror})")
+        if ddp.rank() == 0:                                     # what the log says of steps to be done again, goes
+            if fresh:
+                path.unlink(missing_ok=True)
+            kept = [e for e in self.events() if self.state and e["step"] <= self.start]
+            (self.out / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in kept))
+        self.live, self.shown, self.width = sys.stdout.isatty(), time.time(), 0
+        self.waited, self.mark, self.began = 0., None, None
+
+    def _refuse_other_settings(self):
+        saved = self.state["settings"]
+        plain = json.loads(json.dumps(self.settings))
+        other = [f"{k} {saved.get(k)} there, {plain.get(k)} now" for k in {**saved, **plain}
+                 if saved.get(k) != plain.get(k)]
+        if other:
+            raise SystemExit(f"--out {self.out}: holds a run of other settings ({'; '.join(other)}); "
+                             "choose another --out, or --fresh to overwrite it")
+
+    @property
+    def finished(self):
+        return self.start >= self.total
+
+    def say_finished(self):
+        say(f"finished already, nothing to do: {self.result()}; checkpoint and curves in {self.out}")
+        ddp.close()
+
+    def result(self):
+        first, last = self.value("knn"), self.value("knn", -1)
+        return "no labels, no kNN" if last is None else f"kNN of h {last:.2f} %, of the random encoder {first:.2f} %"
+
+    def open(self, *lines):
+        """Say how the run begins, write it to the log, and from now on finish the step on SIGTERM and SIGINT."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "asked", True))
+        say("  ".join(f"{k}={_short(v)}" for k, v in self.settings.items() if k not in ("script", "data")))
+        for line in lines:
+            say(line)
+        say(f"going on in {self.out} at step {self.start} of {self.total}" if self.start else f"writing to {self.out}")
+        self.log("start", self.start, settings=self.settings, **machine(self.device))
+
+    def timed(self, batches):
+        """`batches`, with the time spent waiting for them counted."""
+        self.began = self.mark = (time.time(), self.start)
+        batches = iter(batches)
+        while True:
+            since = time.time()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.time() - since
+            yield batch
+
+    def tell(self, step, loss, **more):
+        """After a step: refresh the live line, or the log every 50 steps. `loss` is a tensor of this process."""
+        now, every = time.time(), step % EVERY == 0
+        if every:
+            loss = ddp.mean(loss)
+            if not torch.isfinite(loss):
+                raise SystemExit(f"the loss is {loss.item()} at step {step}, learning rate {more.get('lr'):g}: try a "
+                                 f"smaller --lr, more --warmup, or --precision fp32; {self.out} keeps the last checkpoint")
+        # a wait of .5 s on a terminal, 30 s in a file: .item() makes a GPU wait
+        if not every and (ddp.rank() or now - self.shown < (.5 if self.live else 30)):
+            return
+        seconds = max(now - self.mark[0], 1e-9)
+        rate = (step - self.mark[1]) * self.batch / seconds
+        facts = {"loss": loss.item(), "ratio": loss.item() / self.chance, **more, "images_per_s": rate,
+                 "waiting": self.waited / seconds}
+        if every:
+            self.log("step", step, **facts)
+            self.waited, self.mark = 0., (now, step)
+        if now - self.shown >= (.5 if self.live else 30):
+            self.shown = now
+            left = (now - self.began[0]) / max(1, step - self.began[1]) * (self.total - step)
+            self.line(f"step {step}/{self.total}  {describe(facts)}  {clock(left)} left", self.live)
+
+    def line(self, text, live=False):
+        """A line that the next one overwrites (`live`), or one that stays."""
+        if ddp.rank() == 0:
+            end = "" if live else "\n"
+            print(("\r" if self.width else "") + text.ljust(self.width), end=end, flush=True)
+            self.width = len(text) if live else 0
+
+    def log(self, event, step, **facts):
+        if ddp.rank() == 0:
+            with (self.out / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"event": event, "step": step, "time": round(time.time(), 2), **facts}) + "\n")
+
+    def events(self):
+        path = self.out / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def value(self, name, which=0):
+        """The first, or the `which`-th, value of `name` in the log, or None."""
+        found = [e[name] for e in self.events() if e.get(name) is not None]
+        return found[which] if found else None
+
+    def epoch(self, epoch, knn=None):
+        """At the end of an epoch: a line that stays, an event, the curves."""
+        step = epoch * self.total // self.settings["epochs"]
+        self.log("epoch", step, epoch=epoch, knn=knn)
+        loss = self.value("ratio", -1)
+        self.line(f"epoch {epoch}/{self.settings['epochs']}  " + describe({"ratio": loss if epoch else None, "knn": knn}))
+        self.curves()
+        self.waited, self.mark = 0., (time.time(), step)
+
+    def stopping(self, step):
+        """Whether to stop here, the same on every process: asked in each step of one process, every 50 of several."""
+        if ddp.world() > 1 and step % EVERY:
+            return False
+        return ddp.any_process(self.asked, self.device)
+
+    def save(self, step, **state):
+        """Write checkpoint.pt: to a temporary file, then renamed, the one before kept as previous.pt until then."""
+        if ddp.rank():
+            return
+        path, new = self.out / "checkpoint.pt", self.out / "checkpoint.tmp"
+        torch.save({"settings": json.loads(json.dumps(self.settings)), "step": step, **state}, new)
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+
+    def close(self, step):
+        """Say how the run ended. Leaves with the exit code for unfinished where it was asked to stop."""
+        asked = step < self.total and ddp.any_process(self.asked, self.device)
+        if step < self.total:
+            self.line(f"stopped at step {step} of {self.total}, saved in {self.out}; the same command goes on")
+        else:
+            self.line(f"done: {self.result()}; checkpoint and curves in {self.out}")
+        ddp.close()
+        if asked:
+            sys.exit(UNFINISHED)
+
+    def curves(self):
+        """Draw curves.png from the log: kNN accuracy, loss, learning rate."""
+        if ddp.rank():
+            return
+        from matplotlib.figure import Figure                    # here: it takes a while to import
+        events = self.events()
+        pictures = (("knn", "kNN top-1 of h, %"), ("ratio", "loss / ln(K + 1)"), ("lr", "learning rate"))
+        figure = Figure(figsize=(12, 3.4), layout="constrained")
+        for axis, (name, title) in zip(figure.subplots(1, 3), pictures):
+            points = [(e["step"], e[name]) for e in events if e.get(name) is not None]
+            if not points:
+                axis.text(.5, .5, "no labels", ha="center", transform=axis.transAxes)
+            else:
+                axis.plot(*zip(*points), marker="o" if name == "knn" else None, markersize=4, color="#0072B2")
+            if name == "knn" and points:
+                axis.axhline(points[0][1], color="gray", linestyle="--", linewidth=1)
+                axis.annotate("random encoder", (points[-1][0], points[0][1]), (0, 4), ha="right",
+                              textcoords="offset points", color="gray")
+            axis.set(title=title, xlabel="step")
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(self.out.name, fontsize=10)
+        figure.savefig(self.out / "curves.png", dpi=110)
+
+
+def _short(value):
+    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+def describe(facts):
+    """The usual words for what a line tells."""
+    words = {"epoch": "epoch {:.1f}", "loss": "loss {:.3f}", "ratio": "({:.2f} of ln(K+1))", "queue": "queue {:.0%}",
+             "lr": "lr {:.4f}", "knn": "kNN {:.2f} %", "images_per_s": "{:.0f} images/s", "waiting": "waiting {:.1%}"}
+    return "  ".join(words[k].format(v) for k, v in facts.items() if k in words and v is not None)
+
+
+def clock(seconds):
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def machine(device):
+    """What a number was measured on: hardware, versions, commit."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
+                                capture_output=True).stdout.strip()
+    except OSError:
+        commit = ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": name, "processes": ddp.world(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version(), "commit": commit}

@@ -1,0 +1,217 @@
+"""MoCo v2, and MoCo v1 as a preset: Sec. 3 (Table 1), Sec. 4 (Table 2), Sec. 5 (Table 3, Fig. 4).
+
+A query encoder is trained by Eq. (1) to tell the other view of its image from a queue of K keys of earlier images,
+which a slowly following copy of it, the momentum encoder, has made (He et al. 2020; Chen et al. 2020c).
+
+    torchrun --nproc_per_node=8 moco_v2.py IMAGENET      # Table 1's first row: 100 epochs of ResNet-50
+    python moco_v2.py                                    # a laptop: embedded textures, about two minutes
+    python moco_v2.py DATA --preset table3a --K 512      # one cell of one table; K is a column of Table 3
+
+x1, x2 (N, 3, H, W) two views of N images;  h = f(x) (N, width);  z = g(h) (N, D);  q, k (N, D) the z of the query and
+the momentum encoder at unit length;  queue (K, D);  W processes of N images, groups of --bn-group images share
+batch statistics. The paper's number for each row stands in PRESETS; none of them is ours.
+"""
+
+import copy
+import functools
+import math
+
+import torch
+
+from common import augment, data, ddp, evaluate, train
+from common.loss import info_nce, unit
+from common.model import HEADS, Encoder, head, load_state, resnet
+
+MOCO_V2 = dict(stack="moco_v2", head="mlp", dim=128, crop=(.2, 1.), jitter=.5, schedule="cosine", bn_group=32)
+SCALES = {   # a scale belongs to the kind of data; at each, the baseline is the paper's MoCo v2
+    "imagenet": dict(MOCO_V2, arch="resnet50", size=224, epochs=100, long=2, batch_size=256, lr=.03, warmup=0,
+                     weight_decay=1e-4, K=65536, m=.999, temperature=.2, blur=True, looks=20),
+    "cifar10": dict(MOCO_V2, arch="resnet18-3x3", size=32, epochs=200, long=1, batch_size=256, lr=.03, warmup=0,
+                    weight_decay=5e-4, K=4096, m=.99, temperature=.1, blur=False, looks=20),
+    "textures": dict(MOCO_V2, arch="resnet10", size=32, epochs=10, long=1, batch_size=64, lr=.03, warmup=150,
+                     weight_decay=5e-4, K=1024, m=.99, temperature=.2, blur=False, looks=5),
+}
+PRESETS = {  # a row of a table: what differs from the baseline, and the paper's ImageNet top-1 in percent
+    "table1": dict(paper="64.4"),
+    "table1a": dict(head="none", paper="59.2"),                 # without projection head
+    "table1b": dict(head="fixed", paper="62.9"),                # random and frozen
+    "table1c": dict(head="deep", paper="63.9"),                 # fc-ReLU-fc-ReLU
+    "table1d": dict(head="narrow", paper="62.2"),               # 2048 -> 128
+    "table2a-baseline": dict(crop=(.2, 1.), paper="64.4"),      # share of the image's area
+    "table2a-medium": dict(crop=(.2, .5), paper="63.7"),
+    "table2a-extreme": dict(crop=(.02, .1), paper="47.1"),
+    "table2b-eighth": dict(jitter=1 / 8, paper="63.1"),         # SimCLR's strength; MoCo v2 is a half
+    "table2b-quarter": dict(jitter=1 / 4, paper="63.9"),
+    "table2b-half": dict(jitter=1 / 2, paper="64.2"),
+    "table2b-full": dict(jitter=1., paper="64.3"),
+    "table3": dict(long=True, paper="67.3 at K = 512, 67.5 at 65536"),
+    "table3a": dict(head="none", long=True, paper="61.7 at K = 512, 63.6 at 65536"),
+    "table3b": dict(blur=False, long=True, paper="65.5 at K = 512, 66.4 at 65536"),
+    "table3c": dict(schedule="steps", long=True, paper="67.2 at K = 512, 67.3 at 65536"),
+    "table3d": dict(m=.5, long=True, paper="59.8 at K = 512, 64.5 at 65536"),
+    "moco-v1": dict(stack="moco_v1", head="none", temperature=.07, schedule="steps", long=True, paper="a curve of Fig. 4"),
+    "section7": dict(m=0., long=True, paper="cannot converge"),  # no momentum encoder: the key encoder is the query's
+    "fair-cifar10": dict(head="none", crop=(.08, 1.), batch_size=512, lr=.06, bn_group=64,
+                         paper="82.6 kNN of z after 200 epochs in FAIR's CIFAR-10 demo"),
+}
+
+
+def parse_args(argv=None):
+    parser = train.Parser("moco_v2.py", description=__doc__.split("\n")[0])
+    train.add_flags(parser, PRESETS)
+    add = parser.add_argument
+    add("--head", choices=HEADS, help="projection head g, Table 1")
+    add("--K", type=int, metavar="n", help="negatives in the queue")
+    add("--m", type=float, help="momentum of the key encoder")
+    add("--temperature", type=float)
+    add("--crop", type=float, nargs=2, metavar=("LO", "HI"), help="share of the image's area, Table 2 (a)")
+    add("--jitter", type=float, metavar="S", help="colour jitter (.8 S, .8 S, .8 S, .2 S), Table 2 (b)")
+    add("--blur", action=train.argparse.BooleanOptionalAction, default=None)
+    add("--schedule", choices=("cosine", "steps"))
+    return parser.parse_args(argv)
+
+
+def check(s, n_images):
+    """Raise SystemExit with one line if MoCo's own settings make no sense; say what is legal but odd."""
+    train.check(s, n_images)
+    lo, hi = s.crop
+    wrong = [text for bad, text in [
+        (s.K < 1, f"--K {s.K}: expected 1 negative or more"),
+        (not 0 <= s.m < 1, f"--m {s.m:g}: expected 0 <= m < 1"),
+        (s.temperature <= 0, f"--temperature {s.temperature:g}: expected more than 0"),
+        (not 0 < lo <= hi <= 1, f"--crop {lo:g} {hi:g}: expected 0 < LO <= HI <= 1"),
+        (not 0 <= s.jitter <= 2.5, f"--jitter {s.jitter:g}: expected 0 to 2.5 (beyond, the hue turns by more than half)"),
+    ] if bad]
+    if wrong:
+        raise SystemExit(wrong[0])
+    if s.K > n_images - s.batch_size:
+        train.say(f"note: K = {s.K} of {n_images} images: an image's own old keys are among its negatives")
+
+
+# Sec. 2: the positive pair is (q, k); the negatives are the queue.
+
+def encode_keys(embed_k, x2, permutation):
+    """k (W N, D) of all processes' x2 (N, 3, H, W), at unit length, in the images' order, by the momentum encoder.
+
+    Shuffling BN: the global batch goes through in the order of `permutation` (W N,), so that a key's batch statistics
+    are over other images than its query's; otherwise they would tell which pairs belong together (He et al. 2020,
+    Sec. 3.3). Groups, not processes, share statistics, so it does its work in one process too.
+    """
+    shuffled = ddp.all_gather(x2)[permutation][ddp.rows(len(permutation))]
+    with torch.no_grad():
+        k = unit(embed_k(shuffled.contiguous(memory_format=torch.channels_last)))
+    return ddp.all_gather(k)[permutation.argsort()]
+
+
+@torch.no_grad()
+def momentum_update(encoder_q, encoder_k, m):
+    """phi <- m phi + (1 - m) theta, for what is trained; He et al. 2020, Eq. (2). Batch statistics are phi's own.
+
+    As phi + (1 - m)(theta - phi), which leaves equal parameters equal to the bit.
+    """
+    pairs = [(p, q) for p, q in zip(encoder_k.parameters(), encoder_q.parameters()) if q.requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - m)
+
+
+def enqueue(queue, k, step):
+    """Overwrite the oldest of the queue's K keys with the batch's. First in, first out; the place follows from `step`.
+
+    K need be no multiple of the batch; of a batch larger than K the newest K stay.
+    """
+    K, batch = len(queue), len(k)
+    place = (step * batch + torch.arange(batch, device=queue.device)) % K
+    queue[place[-K:]] = k[-K:].to(queue.dtype)
+
+
+def train_step(encoder_q, encoder_k, embed_q, embed_k, queue, optimizer, x1, x2, permutation, step, m, temperature):
+    """One step of MoCo; returns the loss of this process's N images. Changes encoders, optimizer and queue in place.
+
+    `embed_q`, `embed_k` are how the encoders are called (autocast, compiled, under DDP); the rest is the method. The
+    key encoder starts equal to the query's and follows after each step: the keys equal those of the released order,
+    which follows before (its first update changes nothing).
+    """
+    q = unit(embed_q(x1))                                       # (N, D)
+    k = encode_keys(embed_k, x2, permutation)                   # (W N, D)
+    positive = (q * k[ddp.rows(len(k))]).sum(1)                 # (N,)
+    negatives = q @ queue.T                                     # (N, K)
+    loss = info_nce(positive, negatives, temperature)           # Eq. (1)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    momentum_update(encoder_q, encoder_k, m)
+    enqueue(queue, k, step)
+    return loss.detach()
+
+
+def build(s, device, state=None):
+    """encoder_q, encoder_k (equal), queue (K, D) of random unit vectors, optimiser: from the seed, or a checkpoint."""
+    torch.manual_seed(s.seed)
+    f = resnet(s.arch, s.bn_group)
+    encoder_q = Encoder(f, head(s.head, f.width, s.dim)).to(device, memory_format=torch.channels_last)
+    encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
+    queue = unit(torch.randn(s.K, f.width if s.head == "identity" else s.dim)).to(device)
+    # weight decay on everything that is trained, as released; what is frozen must stay out of the optimiser
+    optimizer = torch.optim.SGD([p for p in encoder_q.parameters() if p.requires_grad], s.lr, momentum=.9,
+                                weight_decay=s.weight_decay, fused=True)
+    if state:
+        load_state(encoder_q.f, state["f"], "checkpoint: f")
+        load_state(encoder_q.g, state["g"], "checkpoint: g")
+        load_state(encoder_k, state["encoder_k"], "checkpoint: encoder_k")
+        queue.copy_(state["queue"])
+        optimizer.load_state_dict(state["optimizer"])
+    return encoder_q, encoder_k, queue, optimizer
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = ddp.init()
+    dataset = data.open_data(args.data)
+    train.say(f"data: {dataset.description}; scale {dataset.scale}")
+    s, out = train.resolve("moco_v2", args, SCALES, PRESETS, dataset.scale, named=("K",))
+    check(s, len(dataset.train))
+    steps_per_epoch = len(dataset.train) // s.batch_size
+    run = train.Run(out, s, s.epochs * steps_per_epoch, device, args.fresh, chance=math.log(s.K + 1))
+    if run.finished:
+        return run.say_finished()
+
+    encoder_q, encoder_k, queue, optimizer = build(s, device, run.state)
+    embed_q = train.embedder(ddp.wrap(encoder_q), device, s.precision, args.compile)
+    embed_k = train.embedder(encoder_k, device, s.precision, args.compile)
+    jitter = (.4, .4, .4, .4) if s.stack == "moco_v1" else augment.jitter_strength(s.jitter)
+    augmented = augment.Augment(s.stack, jitter, s.blur, s.scale, ddp.rank(), ddp.world()).to(device)
+    learning_rate = functools.partial(train.learning_rate, lr=s.lr, schedule=s.schedule, warmup=s.warmup,
+                                      epochs=s.epochs, steps_per_epoch=steps_per_epoch)
+    monitor = functools.partial(evaluate.monitor, encoder_q, dataset, scale=s.scale, size=s.size, device=device,
+                                workers=args.workers, precision=s.precision)
+    run.open(f"the paper reports for this row, on ImageNet: {PRESETS[args.preset]['paper']}")
+    if run.start == 0:
+        run.epoch(0, knn=monitor())                             # the untrained encoder, to compare with
+
+    stop = min(run.total, args.max_steps or run.total)
+    batches = data.views(dataset.train, 2, size=s.size, area=s.crop, batch=s.batch_size, seed=s.seed, start=run.start,
+                         stop=stop, device=device, workers=args.workers)
+    for step, x, _ in run.timed(batches):
+        x1, x2 = augmented(x, s.seed, step)                     # (N, 3, H, W) each
+        permutation = torch.from_numpy(augment.generator(s.seed, step, 4).permutation(s.batch_size)).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = learning_rate(step)
+        loss = train_step(encoder_q, encoder_k, embed_q, embed_k, queue, optimizer, x1, x2, permutation, step, s.m,
+                          s.temperature)
+        done = step + 1
+        run.tell(done, loss, epoch=done / steps_per_epoch, queue=min(1, done * s.batch_size / s.K), lr=lr)
+        leave = run.stopping(done) or done == stop
+        epoch, inside = divmod(done, steps_per_epoch)
+        if leave or not inside:
+            ddp.average_buffers(encoder_q)
+            ddp.average_buffers(encoder_k)
+            if not inside:
+                run.epoch(epoch, knn=monitor() if epoch % max(1, s.epochs // s.looks) == 0 or done == run.total else None)
+            run.save(done, f=encoder_q.f.state_dict(), g=encoder_q.g.state_dict(), encoder_k=encoder_k.state_dict(),
+                     queue=queue, optimizer=optimizer.state_dict())
+        if leave:
+            break
+    run.close(done)
+
+
+if __name__ == "__main__":
+    main()
