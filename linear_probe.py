@@ -14,8 +14,10 @@ h (N, width) for N images;  hidden (N, width) what the head's first ReLU makes o
 import json
 from pathlib import Path
 
+import torch
+
 from common import data, ddp, evaluate, train
-from common.model import load_encoder
+from common.model import load_encoder, read_checkpoint
 
 # the network that `random` is, and the size of its images, for a kind of data
 SCALES = {"imagenet": dict(arch="resnet50", size=224), "cifar10": dict(arch="resnet18-3x3", size=32),
@@ -47,7 +49,7 @@ def newest_checkpoint():
 def quick(path, args, arch, dataset, device):
     """kNN and probe of one encoder on `dataset`, percent, as a dict."""
     encoder, settings = load_encoder(path, arch, args.seed)
-    encoder.to(device, memory_format=train.torch.channels_last)
+    encoder.to(device, memory_format=torch.channels_last)
     how = dict(scale=settings.get("scale", dataset.scale), size=settings.get("size", SCALES[dataset.scale]["size"]),
                device=device, workers=args.workers, feature=args.feature, precision=args.precision)
     bank, queries = (evaluate.features(encoder, images, **how) for images in (dataset.train, dataset.test))
@@ -66,7 +68,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = ddp.init()
     encoders = args.encoder or [newest_checkpoint()]
-    saved = next((load_encoder(path)[1] for path in reversed(encoders) if path != "random"), {})
+    saved = next((read_checkpoint(path)["settings"] for path in reversed(encoders) if path != "random"), {})
     dataset = data.open_data(args.data or saved.get("data"))
     train.say(f"data: {dataset.description}")
     if dataset.test is None:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 def init():
     """Join torchrun's process group, if there is one, and return this process's `torch.device`."""
     cuda = torch.cuda.is_available()
+    torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -41,14 +41,20 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(out)
 
 
+def check_arch(arch):
+    """`(torchvision's name, whether the stem is 3x3)`. Raises SystemExit for an unknown `arch`."""
+    name = arch.removesuffix("-3x3")
+    if name not in ARCHS:
+        raise SystemExit(f"--arch {arch}: unknown; known are {', '.join(ARCHS)}, each also with -3x3 behind it")
+    return name, name != arch
+
+
 def resnet(arch, bn_group=None):
     """The encoder f: images (N, 3, H, W) -> h (N, width), pooled, width 512 or 2048 (Sec. 2).
 
     Initialised as torchvision does, from torch's global generator. Raises SystemExit for an unknown `arch`.
     """
-    name, small = arch.removesuffix("-3x3"), arch.endswith("-3x3")
-    if name not in ARCHS:
-        raise SystemExit(f"--arch {arch}: unknown; known are {', '.join(ARCHS)}, each also with -3x3 behind it")
+    name, small = check_arch(arch)
     norm = functools.partial(GroupBatchNorm2d, group=bn_group)
     if name == "resnet10":
         f = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm)
@@ -151,8 +157,11 @@ def load_encoder(path, arch=None, seed=0):
         return Encoder(f, head("mlp", f.width)), {}
     checkpoint = read_checkpoint(path)
     settings = checkpoint["settings"]
+    for name in ("arch", "head", "dim"):
+        if name not in settings:
+            raise SystemExit(f"{path}: its settings lack {name}")
     f = resnet(settings["arch"])
-    encoder = Encoder(f, head(settings["head"], f.width))
+    encoder = Encoder(f, head(settings["head"], f.width, settings["dim"]))
     load_state(encoder.f, checkpoint["f"], f"{path}: f")
     load_state(encoder.g, checkpoint["g"], f"{path}: g")
     return encoder, settings

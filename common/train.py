@@ -81,12 +81,15 @@ def _good_at_bf16():
     return any(getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("avx512_bf16", "amx_tile"))
 
 
-def check(s, n_images):
+def check(s, n_images, max_steps=None, workers=0):
     """Raise SystemExit with one line if a batch of settings `s` cannot be made of `n_images`, processes and groups."""
     world, unit = ddp.world(), s.bn_group * ddp.world()
     for name in ("epochs", "batch_size", "bn_group"):
         if getattr(s, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(s, name)}: expected 1 or more")
+    if max_steps is not None and max_steps < 1 or workers < 0:
+        raise SystemExit(f"--max-steps {max_steps} --workers {workers}: expected 1 or more steps, 0 or more workers")
+    model.check_arch(s.arch)
     if s.lr <= 0 or s.warmup < 0 or s.seed < 0:
         raise SystemExit(f"--lr {s.lr:g} --warmup {s.warmup} --seed {s.seed}: expected lr above 0, the others 0 or more")
     if s.batch_size > n_images:
@@ -170,25 +173,13 @@ class Run:
             raise SystemExit(f"--out {self.out}: holds a run of other settings ({'; '.join(other)}); "
                              "choose another --out, or --fresh to overwrite it")
 
-    @property
-    def finished(self):
-        return self.start >= self.total
-
-    def say_finished(self):
-        say(f"finished already, nothing to do: {self.result()}; checkpoint and curves in {self.out}")
-        ddp.close()
-
-    def result(self):
-        first, last = self.value("knn"), self.value("knn", -1)
-        return "no labels, no kNN" if last is None else f"kNN of h {last:.2f} %, of the random encoder {first:.2f} %"
-
     def open(self, *lines):
         """Say how the run begins, write it to the log, and from now on finish the step on SIGTERM and SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "asked", True))
         say("  ".join(f"{k}={_short(v)}" for k, v in self.settings.items() if k not in ("script", "data")))
-        for line in lines:
-            say(line)
+        for text in lines:
+            say(text)
         say(f"going on in {self.out} at step {self.start} of {self.total}" if self.start else f"writing to {self.out}")
         self.log("start", self.start, settings=self.settings, **machine(self.device))
 
@@ -241,8 +232,9 @@ class Run:
                 file.write(json.dumps({"event": event, "step": step, "time": round(time.time(), 2), **facts}) + "\n")
 
     def events(self):
-        path = self.out / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """The log's events; a last line that a kill has cut is none."""
+        lines = (self.out / "log.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
     def value(self, name, which=0):
         """The first, or the `which`-th, value of `name` in the log, or None."""
@@ -265,7 +257,10 @@ class Run:
         return ddp.any_process(self.asked, self.device)
 
     def save(self, step, **state):
-        """Write checkpoint.pt: to a temporary file, then renamed, the one before kept as previous.pt until then."""
+        """Write checkpoint.pt: to a temporary file, then renamed, so that a whole one is on disk at any moment.
+
+        No random state is in it: whatever is drawn while training is a function of the seed and the step.
+        """
         if ddp.rank():
             return
         path, new = self.out / "checkpoint.pt", self.out / "checkpoint.tmp"
@@ -280,7 +275,10 @@ class Run:
         if step < self.total:
             self.line(f"stopped at step {step} of {self.total}, saved in {self.out}; the same command goes on")
         else:
-            self.line(f"done: {self.result()}; checkpoint and curves in {self.out}")
+            first, last = self.value("knn"), self.value("knn", -1)
+            result = "no labels, no kNN" if last is None else f"kNN of h {last:.2f} %, untrained {first:.2f} %"
+            already = "finished already, nothing to do: " if step == self.start else "done: "
+            self.line(f"{already}{result}; checkpoint and curves in {self.out}")
         ddp.close()
         if asked:
             sys.exit(UNFINISHED)
@@ -296,7 +294,7 @@ class Run:
         for axis, (name, title) in zip(figure.subplots(1, 3), pictures):
             points = [(e["step"], e[name]) for e in events if e.get(name) is not None]
             if not points:
-                axis.text(.5, .5, "no labels", ha="center", transform=axis.transAxes)
+                axis.text(.5, .5, "nothing to show", ha="center", transform=axis.transAxes)
             else:
                 axis.plot(*zip(*points), marker="o" if name == "knn" else None, markersize=4, color="#0072B2")
             if name == "knn" and points:
@@ -322,7 +320,8 @@ def describe(facts):
 
 def clock(seconds):
     minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else (
+        f"{minutes // 60} h {minutes % 60:02d} min")
 
 
 def machine(device):

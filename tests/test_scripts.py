@@ -1,0 +1,242 @@
+"""The scripts as users run them: whole, stopped and resumed, under torchrun, with bad input, as the README says."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import linear_probe
+import moco_v2
+from common.model import resnet
+
+from conftest import ROOT, photo, run, write_folder
+
+SCRIPTS = {"moco_v2.py": moco_v2, "linear_probe.py": linear_probe}
+TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20", "--epochs", "3", "--out", "out")
+ONE = {"OMP_NUM_THREADS": "1"}                                  # bit for bit holds at one number of threads
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of small class folders (kept in memory), one of large ones (read by workers)."""
+    root = tmp_path_factory.mktemp("images")
+    return write_folder(root / "small", 22, (32, 32)), write_folder(root / "large", 14, (70, 90))
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def events(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_from_images_to_accuracy_and_again(folders, tmp_path):
+    """Train, probe, start again; what a user sees and finds."""
+    small, _ = folders
+    first = run("moco_v2.py", small, *TINY, cwd=tmp_path)
+    assert "class folders, 2 classes, 44 + 44 images" in first.stdout and "done: kNN of h" in first.stdout
+    looks = [e for e in events(tmp_path / "out") if e["event"] == "epoch"]
+    assert [e["epoch"] for e in looks] == [0, 1, 2, 3] and all(0 <= e["knn"] <= 100 for e in looks)
+    start = events(tmp_path / "out")[0]
+    assert start["settings"]["K"] == 20 and start["torch"] == torch.__version__
+    with Image.open(tmp_path / "out/curves.png") as picture:
+        assert picture.size[0] > 800 and len(np.unique(np.asarray(picture.convert("L")))) > 20
+    again = run("moco_v2.py", small, *TINY, cwd=tmp_path)
+    assert "finished already" in again.stdout and again.stdout.count("kNN") == 1
+    assert "finished already" in run("moco_v2.py", small, *TINY, "--compile", "--workers", "0", cwd=tmp_path).stdout
+    other = run("moco_v2.py", small, *TINY, "--m", ".5", cwd=tmp_path, check=False)
+    assert other.returncode == 1 and "holds a run of other settings (m 0.99 there, 0.5 now)" in other.stderr
+    probe = run("linear_probe.py", "--quick", "--encoder", "random", "out/checkpoint.pt", cwd=tmp_path)
+    last = re.fullmatch(r"top-1 (\d+\.\d\d) %", probe.stdout.splitlines()[-1])
+    saved = json.loads((tmp_path / "out/probe/quick-h.json").read_text())
+    assert last and abs(float(last[1]) - saved["top1"]) < .006
+    assert "random" in probe.stdout.splitlines()[-3] and "out/checkpoint.pt" in probe.stdout.splitlines()[-2]
+
+
+def test_f_loads_into_a_plain_torchvision_resnet50(folders, tmp_path, monkeypatch):
+    """And gives its features; the newest checkpoint under runs/ is the one that is probed, by name."""
+    argv = ["--arch", "resnet50", "--batch-size", "8", "--bn-group", "8", "--max-steps", "1", "--K", "16", "--precision", "fp32"]
+    run("moco_v2.py", folders[0], *argv, cwd=tmp_path)
+    saved = load(tmp_path / "runs/moco_v2-cifar10-table1-K16/checkpoint.pt")
+    plain = torchvision.models.resnet50()
+    missing, unexpected = plain.load_state_dict(saved["f"], strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and not unexpected
+    plain.fc, f = torch.nn.Identity(), resnet("resnet50")
+    f.load_state_dict(saved["f"])
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(plain.eval()(x), f.eval()(x))
+    monkeypatch.chdir(tmp_path)
+    assert linear_probe.newest_checkpoint() == "runs/moco_v2-cifar10-table1-K16/checkpoint.pt"
+
+
+@pytest.mark.parametrize("memory, precision", [(True, "bf16"), (False, "fp32")])
+def test_a_run_that_was_stopped_and_killed_ends_like_one_left_alone(folders, tmp_path, memory, precision):
+    """Stopped inside an epoch, then killed inside another, gone on with other workers: every bit the same."""
+    argv = [folders[0] if memory else folders[1], *TINY, "--precision", precision]
+    run("moco_v2.py", *argv, "--workers", "1", cwd=tmp_path, **ONE)
+    whole = tmp_path / "whole"
+    (tmp_path / "out").rename(whole)
+    steps = load(whole / "checkpoint.pt")["step"]
+    stopped = run("moco_v2.py", *argv, "--workers", "2", "--max-steps", "2", cwd=tmp_path, **ONE)
+    assert f"stopped at step 2 of {steps}" in stopped.stdout
+    process = subprocess.Popen([sys.executable, ROOT / "moco_v2.py", *map(str, argv), "--workers", "0"], cwd=tmp_path,
+                               env={**__import__("os").environ, **ONE}, stdout=subprocess.DEVNULL)
+    path = tmp_path / "out/checkpoint.pt"
+    stamp = path.stat().st_mtime_ns
+    while path.stat().st_mtime_ns == stamp and process.poll() is None:          # until the epoch has been saved
+        time.sleep(.005)
+    time.sleep(.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert load(path)["step"] in (steps // 3, 2 * steps // 3)
+    end = run("moco_v2.py", *argv, "--workers", "2", cwd=tmp_path, **ONE)
+    assert "going on in out at step" in end.stdout
+    a, b = load(whole / "checkpoint.pt"), load(path)
+    assert same(a, b)
+    told = [[(e["event"], e["step"], e.get("knn")) for e in events(o) if e["event"] == "epoch"] for o in (whole, tmp_path / "out")]
+    assert told[0] == told[1]
+
+
+def test_sigterm_finishes_the_step_and_leaves_unfinished(folders, tmp_path):
+    argv = [sys.executable, ROOT / "moco_v2.py", folders[0], *TINY, "--epochs", "2000"]
+    process = subprocess.Popen(list(map(str, argv)), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "out/checkpoint.pt").exists():
+        time.sleep(.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    step = load(tmp_path / "out/checkpoint.pt")["step"]
+    assert process.returncode == 75 and f"stopped at step {step} of 10000" in out
+
+
+def test_torchrun_with_two_processes_ends_like_one(folders, tmp_path):
+    """The real command; in fp32, so only to rounding, which a few steps do not blow up."""
+    argv = [folders[0], *TINY, "--batch-size", "32", "--bn-group", "16", "--precision", "fp32", "--lr", ".01"]
+    run("moco_v2.py", *argv, cwd=tmp_path, **ONE)
+    (tmp_path / "out").rename(tmp_path / "one")
+    run("moco_v2.py", *argv, cwd=tmp_path, torchrun=2, **ONE)
+    one, two = load(tmp_path / "one/checkpoint.pt"), load(tmp_path / "out/checkpoint.pt")
+    assert one["settings"] == two["settings"] and events(tmp_path / "out")[0]["processes"] == 2
+    for name in ("f", "g", "encoder_k"):
+        for key, tensor in one[name].items():
+            assert (two[name][key] - tensor).float().norm() <= 1e-3 * tensor.float().norm(), (name, key)
+    assert (two["queue"] - one["queue"]).norm() <= 1e-3 * one["queue"].norm()
+
+
+def test_images_without_labels_are_trained_on_and_not_probed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(9):
+        Image.fromarray(photo(np.random.default_rng(i), 40, 40)).save(tmp_path / f"photos/{i}.png")
+    done = run("moco_v2.py", "photos", *TINY, "--epochs", "1", cwd=tmp_path)
+    assert "no labels, no kNN" in done.stdout and (tmp_path / "out/curves.png").exists()
+    probe = run("linear_probe.py", "--quick", "--encoder", "out/checkpoint.pt", cwd=tmp_path, check=False)
+    assert probe.returncode == 1 and "the probe needs labels" in probe.stderr
+
+
+@pytest.mark.parametrize("row", ["moco-v1", "table1b", "fair-cifar10"])
+def test_a_row_trains_with_its_settings(folders, tmp_path, row):
+    run("moco_v2.py", folders[0], *TINY, "--preset", row, "--max-steps", "1", cwd=tmp_path)
+    saved = load(tmp_path / "out/checkpoint.pt")["settings"]
+    for key in set(moco_v2.PRESETS[row]) & {"head", "stack", "temperature", "schedule", "crop"}:
+        assert tuple(np.atleast_1d(saved[key])) == tuple(np.atleast_1d(moco_v2.PRESETS[row][key])), key
+
+
+def bad(tmp_path, folders):
+    """Bad input, and what the one line must name."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no image")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for i in range(3):
+        (broken / f"{i}.jpg").write_bytes(b"no image")
+    (tmp_path / "hollow/train").mkdir(parents=True)
+    small = folders[0]
+    return [
+        (["nowhere"], "nowhere: no such folder"),
+        (["notes.txt"], "notes.txt: not a folder"),
+        (["empty"], "empty: no images in this folder"),
+        (["hollow"], "train: no class folders"),
+        (["broken"], "none of 3 sampled images can be read"),
+        ([small, *TINY, "--K", "0"], "--K 0: expected 1"),
+        ([small, "--batch-size", "64"], "larger than the data set of 44 images; --batch-size 32 would fit"),
+        ([small, "--batch-size", "256", "--bn-group", "64"], "--bn-group 44 --batch-size 44 would fit"),
+        ([small, "--batch-size", "40"], "groups of 32 images; --bn-group 20 or --batch-size 32 would fit"),
+        ([small, "--preset", "table9"], "invalid choice: 'table9'"),
+        ([small, *TINY, "--out", "notes.txt/out"], "--out notes.txt/out: cannot be written"),
+        ([small, *TINY, "--m", "1"], "--m 1: expected 0 <= m < 1"),
+        ([small, *TINY, "--temperature", "0"], "--temperature 0"),
+        ([small, *TINY, "--crop", ".5", ".2"], "--crop 0.5 0.2"),
+        ([small, *TINY, "--jitter", "-1"], "--jitter -1"),
+        ([small, *TINY, "--arch", "vgg16"], "--arch vgg16: unknown"),
+        ([small, *TINY, "--epochs", "0"], "--epochs 0"),
+        ([small, *TINY, "--max-steps", "0"], "--max-steps 0"),
+        ([small, *TINY, "--lr", "-1"], "--lr -1"),
+        ([small, *TINY, "--workers", "-1"], "--workers -1: expected"),
+    ]
+
+
+def test_bad_input_gets_one_line(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argv, line in bad(tmp_path, folders):
+        with pytest.raises(SystemExit) as error:
+            moco_v2.main(list(map(str, argv)))
+        message = str(error.value) if error.value.code not in (0, 2) else capsys.readouterr().err
+        assert error.value.code not in (0, None) and line in message, (argv, message)
+        assert len(message.strip().splitlines()) == 1, message
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_of_the_probe_gets_one_line(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argv, line in [(["--quick"], "no checkpoint under runs/"), (["--quick", "--encoder", "nothing.pt"], "no such file"),
+                       ([], "--quick"), (["nowhere", "--quick", "--encoder", "random"], "no such folder"),
+                       ([str(folders[0]), "--quick", "--encoder", "random", "--arch", "x"], "--arch x: unknown")]:
+        with pytest.raises(SystemExit) as error:
+            linear_probe.main(argv)
+        message = str(error.value) if error.value.code not in (0, 2) else capsys.readouterr().err
+        assert error.value.code not in (0, None) and line in message and len(message.strip().splitlines()) == 1
+
+
+def test_a_message_reaches_the_user_without_a_traceback(tmp_path):
+    done = run("moco_v2.py", "nowhere", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("nowhere: no such folder") and done.stderr.count("\n") == 1
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"(?:^    |`)((?:python|torchrun) [^`\n]*?\w+\.py[^`\n#]*)", text, re.MULTILINE)
+    return [(c, SCRIPTS[m[1]], shlex.split(m[2])) for c in found if (m := re.search(r"(\w+\.py)(.*)", c))]
+
+
+def test_every_command_of_the_readme_parses_with_its_script():
+    commands = readme_commands()
+    for text, script, argv in commands:
+        script.parse_args(argv)                                 # leaves with 2 where a flag is unknown
+    rows = {script.parse_args(argv).preset for _, script, argv in commands if script is moco_v2}
+    assert set(moco_v2.PRESETS) - {"fair-cifar10"} <= rows and len(commands) > 30
+    for target in re.findall(r"make (\w+)", (ROOT / "README.md").read_text()):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_help_is_quick_to_import():
+    """pyplot and scipy.stats take seconds; they are imported where they are used."""
+    code = "import sys, moco_v2, linear_probe; print([m for m in sys.modules if m in ('matplotlib', 'scipy.optimize')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
