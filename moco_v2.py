@@ -169,16 +169,16 @@ def main(argv=None):
     train.say(f"data: {dataset.description}; scale {dataset.scale}")
     s, out = train.resolve("moco_v2", args, SCALES, PRESETS, dataset.scale, named=("K",))
     check(s, len(dataset.train), args)
-    steps_per_epoch = len(dataset.train) // s.batch_size
+    steps_per_epoch = data.steps_per_epoch(len(dataset.train), s.batch_size)
     run = train.Run(out, s, s.epochs * steps_per_epoch, device, args.fresh, chance=math.log(s.K + 1))
     if run.start == run.total:
-        return run.close(run.total)
+        return run.close(run.total, run.knn_line())
 
     encoder_q, encoder_k, queue, optimizer = build(s, device, run.state)
     embed_q = train.embedder(ddp.wrap(encoder_q), device, s.precision, args.compile)
     embed_k = train.embedder(encoder_k, device, s.precision, args.compile)
     jitter = (.4, .4, .4, .4) if s.stack == "moco_v1" else augment.jitter_strength(s.jitter)
-    augmented = augment.Augment(s.stack, jitter, s.blur, s.scale, ddp.rank(), ddp.world()).to(device)
+    augmented = augment.Augment(s.stack, jitter, s.blur, s.scale).to(device)
     learning_rate = functools.partial(train.learning_rate, lr=s.lr, schedule=s.schedule, warmup=s.warmup,
                                       epochs=s.epochs, steps_per_epoch=steps_per_epoch)
     monitor = functools.partial(evaluate.monitor, encoder_q, dataset, scale=s.scale, size=s.size, device=device,
@@ -192,7 +192,7 @@ def main(argv=None):
                          stop=stop, device=device, workers=args.workers)
     done = run.start
     for step, x, _ in run.timed(batches):
-        x1, x2 = augmented(x, s.seed, step)                     # (N, 3, H, W) each
+        x1, x2 = augmented(x, s.seed, step, s.batch_size, ddp.rows(s.batch_size))      # (N, 3, H, W) each
         permutation = torch.from_numpy(augment.generator(s.seed, step, 4).permutation(s.batch_size)).to(device)
         for group in optimizer.param_groups:
             group["lr"] = lr = learning_rate(step)
@@ -211,7 +211,7 @@ def main(argv=None):
                      queue=queue, optimizer=optimizer.state_dict())
         if leave:
             break
-    run.close(done)
+    run.close(done, run.knn_line())
 
 
 if __name__ == "__main__":

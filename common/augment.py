@@ -139,13 +139,13 @@ class Augment(nn.Module):
     """What follows the crop: uint8 views (V, N, 3, H, W) -> V normalised views (N, 3, H, W) float32, channels_last.
 
     `stack` names the operations (STACKS), `jitter` their strengths (`jitter_strength`), `blur` whether there is any.
-    `scale` names the normalisation (NORMALISE). Rows `rank` of `world` belong to this process.
+    `scale` names the normalisation (NORMALISE). Of the global batch's parameters the images x have those of `rows`.
     """
 
-    def __init__(self, stack, jitter=jitter_strength(.5), blur=True, scale="imagenet", rank=0, world=1):
+    def __init__(self, stack, jitter=jitter_strength(.5), blur=True, scale="imagenet"):
         super().__init__()
         self.operations = tuple((name, p) for name, p in STACKS[stack] if blur or name != "blur")
-        self.jitter, self.rank, self.world = jitter, rank, world
+        self.jitter = jitter
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALISE[scale])
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -186,8 +186,7 @@ class Augment(nn.Module):
                 x[index] = x[index].flip(3)
         return x.sub_(self.mean).div_(self.std).to(memory_format=torch.channels_last)
 
-    def forward(self, x, seed, step):
-        views, n = x.shape[:2]
-        draws, mine = self.draw(views, n * self.world, seed, step), slice(n * self.rank, n * (self.rank + 1))
-        return [self.apply_draws(x[v], {name: t[v] if name == "order" else t[v, mine] for name, t in draws.items()})
-                for v in range(views)]
+    def forward(self, x, seed, step, batch, rows=slice(None)):
+        draws = self.draw(len(x), batch, seed, step)
+        return [self.apply_draws(view, {name: t[v] if name == "order" else t[v, rows] for name, t in draws.items()})
+                for v, view in enumerate(x)]

@@ -99,6 +99,9 @@ def _class_folders(root):
             splits.append((None, None))
             continue
         names = sorted(d.name for d in split.iterdir() if d.is_dir())
+        if not names and len(_find(split)):
+            raise SystemExit(f"{split}: images without class folders, as ImageNet's validation set comes; move each into "
+                             f"{split.name}/<class>/, the class being the one that its list of labels names")
         if not names:
             raise SystemExit(f"{split}: no class folders; expected {split.name}/<class>/*.jpg")
         if classes not in (None, names):
@@ -213,39 +216,45 @@ def resize(image, size):
     return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
 
 
-def _u(seed, step, views, batch):
-    """The uniform draws behind the global batch's crops, (batch, views, 22)."""
-    return augment.generator(seed, step, 1).random((batch, views, 22))
-
-
 class _Steps:
-    """A batch sampler over steps, not epochs: the workers never wait at the end of an epoch."""
+    """A batch sampler over steps, not epochs, so that workers never wait at the end of one.
 
-    def __init__(self, n, batch, seed, start, stop, views):
+    Yields this process's part of each global batch: a list of (index, u), u (V, 22) uniform draws behind its crops.
+    """
+
+    def __init__(self, n, batch, seed, start, stop, views, drop_last):
         self.n, self.batch, self.seed, self.start, self.stop, self.views = n, batch, seed, start, stop, views
+        self.per_epoch = steps_per_epoch(n, batch, drop_last)
 
     def __iter__(self):
-        mine, epoch = ddp.rows(self.batch), None
+        epoch = None
         for step in range(self.start, self.stop):
-            now, i = divmod(step, self.n // self.batch)
+            now, i = divmod(step, self.per_epoch)
             if now != epoch:
                 epoch, order = now, augment.generator(self.seed, now, 0).permutation(self.n)
             indices = order[i * self.batch:(i + 1) * self.batch]
-            yield list(zip(indices[mine].tolist(), _u(self.seed, step, self.views, self.batch)[mine]))
+            u = augment.generator(self.seed, step, 1).random((len(indices), self.views, 22))
+            mine = ddp.rows(len(indices))
+            yield list(zip(indices[mine].tolist(), u[mine]))
+
+
+def steps_per_epoch(n, batch, drop_last=True):
+    """Batches of `batch` in n images, without or with the incomplete last one."""
+    return n // batch if drop_last else -(-n // batch)
 
 
 def default_workers():
     return max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def views(images, n_views, *, size, area, batch, seed, start, stop, device, workers):
+def views(images, n_views, *, size, area, batch, seed, start, stop, device, workers, drop_last=True):
     """Yield `(step, x, index)` for the steps from `start` to `stop`: crops of this process's part of each global batch.
 
     `x` (V, N, 3, size, size) uint8 on `device`, V crops of `area` (lo, hi) of each image; `index` (N,) int64 on the CPU,
     the images they are from. Which images and crops, is a function of (seed, step) alone. An image that cannot be read
     is named and replaced by the next one; more than 1 % of them raise SystemExit.
     """
-    steps = _Steps(len(images), batch, seed, start, stop, n_views)
+    steps = _Steps(len(images), batch, seed, start, stop, n_views, drop_last)
     if images.pixels is not None:
         pixels = images.pixels.to(device)
         for step, keys in zip(range(start, stop), steps):

@@ -100,17 +100,23 @@ class Encoder(nn.Module):
     def forward(self, x):
         return self.g(self.f(x))
 
-    def embed(self, x, feature="h"):
-        """`h` = f(x) (N, width), `hidden` the activation after g's first ReLU, which Fig. 2 (d) calls z, or `z`.
+    def check_feature(self, feature):
+        """Raises SystemExit for `hidden` where g has no hidden layer."""
+        if feature == "hidden" and not (isinstance(self.g, nn.Sequential) and len(self.g) > 2):
+            raise SystemExit("--feature hidden: the head of this encoder has no hidden layer")
 
-        Raises SystemExit for `hidden` where g has no hidden layer.
-        """
+    def width(self, feature="h"):
+        """The number of dimensions of `feature`, as in `embed`."""
+        self.check_feature(feature)
+        if feature == "h" or isinstance(self.g, nn.Identity):
+            return self.f.width
+        return self.g[0 if feature == "hidden" else -1].out_features
+
+    def embed(self, x, feature="h"):
+        """`h` = f(x) (N, width), `hidden` the activation after g's first ReLU, which Fig. 2 (d) calls z, or `z`."""
+        self.check_feature(feature)
         h = self.f(x)
-        if feature == "hidden":
-            if not (isinstance(self.g, nn.Sequential) and len(self.g) > 2):
-                raise SystemExit("--feature hidden: the head of this encoder has no hidden layer")
-            return self.g[:2](h)
-        return h if feature == "h" else self.g(h)
+        return h if feature == "h" else self.g[:2](h) if feature == "hidden" else self.g(h)
 
 
 def load_state(module, state, what):
@@ -130,38 +136,77 @@ def load_state(module, state, what):
     module.load_state_dict(state)
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, needs=("f", "g", "settings")):
     """A checkpoint as a dict, on the CPU, without running any code that it may hold.
 
-    Raises SystemExit where the file is missing, is no checkpoint of ours, or would run code.
+    Raises SystemExit where the file is missing, would run code, or lacks one of `needs`.
     """
+    checkpoint = _read(path)
+    if not isinstance(checkpoint, dict) or not set(needs) <= checkpoint.keys():
+        raise SystemExit(f"{path}: not the checkpoint that is needed here (it lacks one of {', '.join(needs)})")
+    return checkpoint
+
+
+def _read(path):
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file; expected a checkpoint.pt of one of the training scripts")
     except Exception as error:                                  # torch raises many kinds for a file that is no archive
         raise SystemExit(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0][:100]})")
-    if not isinstance(checkpoint, dict) or not {"f", "g", "settings"} <= checkpoint.keys():
-        raise SystemExit(f"{path}: not a checkpoint of these scripts (it lacks f, g or settings)")
-    return checkpoint
 
 
 def load_encoder(path, arch=None, seed=0):
-    """`(encoder, settings)` from a checkpoint of ours; `random` is the untrained `arch` with an MLP head, settings {}.
+    """`(encoder, settings)`, in the order in which `path` is tried:
 
-    Batch statistics of `random` are as constructed. Raises SystemExit as `read_checkpoint` and `load_state` do.
+    `random`: the untrained `arch` with an MLP head, its batch statistics as constructed; settings say only that.
+    `torchvision` or `torchvision:resnet18`: torchvision's ImageNet weights, the only case in which it downloads.
+    A checkpoint of ours; FAIR's released MoCo files, query encoder and head; torchvision's weights, as a file. For
+    torchvision's and for supervised ones g is the classifier, and z the logits.
+    Raises SystemExit with the first tensor that is missing or has another shape, and as `read_checkpoint` does.
     """
     if path == "random":
         torch.manual_seed(seed)
         f = resnet(arch)
-        return Encoder(f, head("mlp", f.width)), {}
-    checkpoint = read_checkpoint(path)
-    settings = checkpoint["settings"]
+        return Encoder(f, head("mlp", f.width)), {"arch": arch, "head": "mlp", "dim": 128}
+    if path.partition(":")[0] == "torchvision":
+        name = path.partition(":")[2] or "resnet50"
+        check_arch(name)
+        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=True, weights_only=True)
+        saved = _foreign(weights, path)
+    else:
+        saved = _read(path)
+        if isinstance(saved, dict) and "f" not in saved and "settings" not in saved:
+            saved = _foreign(saved, path)
+        elif not isinstance(saved, dict) or not {"f", "g", "settings"} <= saved.keys():
+            raise SystemExit(f"{path}: holds no encoder (it lacks f, g or settings)")
+    settings = saved["settings"]
     for name in ("arch", "head", "dim"):
         if name not in settings:
             raise SystemExit(f"{path}: its settings lack {name}")
     f = resnet(settings["arch"])
     encoder = Encoder(f, head(settings["head"], f.width, settings["dim"]))
-    load_state(encoder.f, checkpoint["f"], f"{path}: f")
-    load_state(encoder.g, checkpoint["g"], f"{path}: g")
+    load_state(encoder.f, saved["f"], f"{path}: f")
+    load_state(encoder.g, saved["g"], f"{path}: g")
     return encoder, settings
+
+
+def _foreign(saved, path):
+    """FAIR's or torchvision's file as a checkpoint of ours: f and g under our names, settings as far as they follow."""
+    state = saved.get("state_dict", saved)
+    query = {k.removeprefix("module.encoder_q."): v for k, v in state.items() if k.startswith("module.encoder_q.")}
+    state = {k: v for k, v in (query or state).items() if isinstance(v, torch.Tensor)}
+    f = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    if not f.keys() & {"conv1.weight", "layer1.0.conv1.weight", "bn1.weight"}:
+        raise SystemExit(f"{path}: holds no encoder: neither a checkpoint of these scripts, nor FAIR's MoCo "
+                         "(module.encoder_q.*), nor torchvision's ResNet weights")
+    with torch.device("meta"):                                  # the architecture whose tensors these are, or nearly
+        arch = min(ARCHS, key=lambda name: len(resnet(name).state_dict().keys() ^ f.keys()))
+    g = {k.removeprefix("fc."): v for k, v in state.items() if k.startswith("fc.")}
+    mlp = "0.weight" in g                                       # FAIR's v2: fc.0, fc.2; v1 and torchvision: one layer
+    g = g if mlp else {f"0.{k}": v for k, v in g.items()}
+    last = "2.weight" if mlp else "0.weight"
+    if last not in g:
+        raise SystemExit(f"{path}: tensor fc.{last if mlp else 'weight'} is missing")
+    settings = {"arch": arch, "head": "mlp" if mlp else "none", "dim": len(g[last]), "scale": "imagenet", "size": 224}
+    return {"f": f, "g": g, "settings": settings}

@@ -18,6 +18,7 @@ from common import data, ddp, model
 
 UNFINISHED = 75                                                 # exit code: saved, start again to go on
 EVERY = 50                                                      # steps between lines of the log
+PICTURES = (("knn", "kNN top-1 of h, %"), ("ratio", "loss / ln(K + 1)"), ("lr", "learning rate"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,20 +49,21 @@ def add_flags(parser, presets):
     add("--compile", action="store_true", help="torch.compile the encoders")
 
 
-def resolve(script, args, scales, presets, scale, named=()):
-    """Settings of a run, scale < preset < flags, as a SimpleNamespace; its default folder as `out`.
+def resolve(script, args, scales, presets, scale, named=(), aside=()):
+    """Settings of a run, scale < preset < flags, as a SimpleNamespace, and its folder.
 
-    `named` are flags that become part of the folder's name where they are given. Says what it decided by itself.
+    `aside` are flags that are no settings; `named` are flags that become part of the folder's name where they are given.
+    Says what it decided by itself.
     """
     preset = {k: v for k, v in presets[args.preset].items() if k not in ("paper", "long")}
     settings = {"script": script, "scale": scale, "preset": args.preset, "seed": 0, **scales[scale], **preset}
-    long = settings.pop("long")
+    long = settings.pop("long", 1)
     if presets[args.preset].get("long"):
         settings["epochs"] *= long
     if preset and all(scales[scale].get(k) == v for k, v in preset.items()):
         say(f"note: at the scale {scale}, {args.preset} has the baseline's settings")
     flags = {k: v for k, v in vars(args).items() if v is not None and k not in (
-        "data", "out", "fresh", "max_steps", "workers", "compile", "preset")}
+        "data", "out", "fresh", "max_steps", "workers", "compile", "preset", *aside)}
     base_lr, base_batch = settings["lr"], settings["batch_size"]
     settings |= flags
     if "lr" not in flags and settings["batch_size"] != base_batch:
@@ -81,8 +83,11 @@ def _good_at_bf16():
     return any(getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("avx512_bf16", "amx_tile"))
 
 
-def check(s, n_images, max_steps=None, workers=0):
-    """Raise SystemExit with one line if a batch of settings `s` cannot be made of `n_images`, processes and groups."""
+def check(s, n_images, max_steps=None, workers=0, drop_last=True):
+    """Raise SystemExit with one line if settings `s` make no sense.
+
+    With `drop_last`, also if a batch cannot be made of `n_images` images, processes and groups.
+    """
     world, unit = ddp.world(), s.bn_group * ddp.world()
     for name in ("epochs", "batch_size", "bn_group"):
         if getattr(s, name) < 1:
@@ -92,18 +97,14 @@ def check(s, n_images, max_steps=None, workers=0):
     model.check_arch(s.arch)
     if s.lr <= 0 or s.warmup < 0 or s.seed < 0:
         raise SystemExit(f"--lr {s.lr:g} --warmup {s.warmup} --seed {s.seed}: expected lr above 0, the others 0 or more")
-    if s.batch_size > n_images:
-        fits = f"--batch-size {n_images // unit * unit} would fit" if n_images >= unit else (
-            f"fewer than one group; --bn-group {max(1, n_images // world)} "
-            f"--batch-size {max(1, n_images // world) * world} would fit")
-        raise SystemExit(f"--batch-size {s.batch_size}: larger than the data set of {n_images} images; {fits}")
-    if s.batch_size % unit:
-        share = s.batch_size // world
-        fits = max(g for g in range(1, max(share, 1) + 1) if share % g == 0 and g <= s.bn_group) if share else 1
-        raise SystemExit(
-            f"--batch-size {s.batch_size}: does not divide into {world} processes with groups of {s.bn_group} images; "
-            + (f"--bn-group {fits} or " if s.batch_size % world == 0 else "")
-            + f"--batch-size {max(1, round(s.batch_size / unit)) * unit} would fit")
+    if drop_last and (s.batch_size > n_images or s.batch_size % unit):
+        most = min(s.batch_size, n_images)
+        why = (f"larger than the data set of {n_images} images" if s.batch_size > n_images else
+               f"does not divide into {world} processes with groups of {s.bn_group} images")
+        group = s.bn_group if most >= unit else max(1, most // world)
+        flag = "" if group == s.bn_group else f"--bn-group {group} "
+        raise SystemExit(f"--batch-size {s.batch_size}: {why}; {flag}--batch-size "
+                         f"{max(1, most // (group * world)) * group * world} would fit")
 
 
 def say(text):
@@ -112,17 +113,17 @@ def say(text):
         print(text, flush=True)
 
 
-def learning_rate(step, *, lr, schedule, warmup, epochs, steps_per_epoch):
+def learning_rate(step, *, lr, schedule, warmup, epochs, steps_per_epoch, drops=(.6, .8)):
     """The learning rate of a step, as MoCo releases it: constant within an epoch.
 
-    `cosine`: lr/2 (1 + cos(pi epoch / epochs)); `steps`: a tenth from .6 and a hundredth from .8 of the epochs (120 and
-    160 of 200); before, `warmup` steps of linear growth.
+    `cosine`: lr/2 (1 + cos(pi epoch / epochs)); `steps`: a tenth of it from each of `drops` on, shares of the epochs
+    (120 and 160 of 200); before, `warmup` steps of linear growth.
     """
     epoch = step // steps_per_epoch
     if schedule == "cosine":
         lr *= .5 * (1 + math.cos(math.pi * epoch / epochs))
     else:
-        lr *= .1 ** sum(epoch >= round(part * epochs, 6) for part in (.6, .8))
+        lr *= .1 ** sum(epoch >= round(part * epochs, 6) for part in drops)
     return lr * min(1, (step + 1) / (warmup + 1))
 
 
@@ -140,15 +141,17 @@ class Run:
     """A folder `out` with checkpoint.pt, log.jsonl and curves.png, the live line, and the wish to stop.
 
     `state` is the checkpoint to go on from, or None. Raises SystemExit if `out` cannot be written, or holds a run of
-    other settings; `fresh` starts anew.
+    other settings; `fresh` starts anew. `chance` is the loss of a guess, ln(K + 1), if it is worth showing beside the
+    loss; `pictures` are what curves.png shows, the result first.
     """
 
-    def __init__(self, out, settings, total, device, fresh=False, chance=1.):
+    def __init__(self, out, settings, total, device, fresh=False, chance=None, pictures=PICTURES):
         self.out, self.settings, self.total, self.device, self.chance = Path(out), vars(settings), total, device, chance
+        self.pictures = pictures
         self.batch, self.state, self.asked = settings.batch_size, None, False
         path = self.out / "checkpoint.pt"
         if not fresh and path.exists():
-            self.state = model.read_checkpoint(path)
+            self.state = model.read_checkpoint(path, ("step", "settings"))
             self._refuse_other_settings()
         self.start = self.state["step"] if self.state else 0
         try:
@@ -209,8 +212,8 @@ class Run:
             return
         seconds = max(now - self.mark[0], 1e-9)
         rate = (step - self.mark[1]) * self.batch / seconds
-        facts = {"loss": loss.item(), "ratio": loss.item() / self.chance, **more, "images_per_s": rate,
-                 "waiting": self.waited / seconds}
+        ratio = loss.item() / self.chance if self.chance else None
+        facts = {"loss": loss.item(), "ratio": ratio, **more, "images_per_s": rate, "waiting": self.waited / seconds}
         if every:
             self.log("step", step, **facts)
             self.waited, self.mark = 0., (now, step)
@@ -241,12 +244,12 @@ class Run:
         found = [e[name] for e in self.events() if e.get(name) is not None]
         return found[which] if found else None
 
-    def epoch(self, epoch, knn=None):
+    def epoch(self, epoch, **found):
         """At the end of an epoch: a line that stays, an event, the curves."""
         step = epoch * self.total // self.settings["epochs"]
-        self.log("epoch", step, epoch=epoch, knn=knn)
-        loss = self.value("ratio", -1)
-        self.line(f"epoch {epoch}/{self.settings['epochs']}  " + describe({"ratio": loss if epoch else None, "knn": knn}))
+        self.log("epoch", step, epoch=epoch, **found)
+        loss = {name: self.value(name, -1) if epoch else None for name in ("loss", "ratio")}
+        self.line(f"epoch {epoch}/{self.settings['epochs']}  " + describe({**loss, **found}))
         self.curves()
         self.waited, self.mark = 0., (time.time(), step)
 
@@ -269,34 +272,36 @@ class Run:
             os.fsync(file.fileno())
         os.replace(new, path)
 
-    def close(self, step):
-        """Say how the run ended. Leaves with the exit code for unfinished where it was asked to stop."""
+    def knn_line(self):
+        """The first and the last kNN of the log, as the last line of a pre-training script."""
+        first, last = self.value("knn"), self.value("knn", -1)
+        return "no labels, no kNN" if last is None else f"kNN of h {last:.2f} %, untrained {first:.2f} %"
+
+    def close(self, step, result):
+        """Say how the run ended, last the line `result`; leave with the code for unfinished where it was asked to stop."""
         asked = step < self.total and ddp.any_process(self.asked, self.device)
         if step < self.total:
             self.line(f"stopped at step {step} of {self.total}, saved in {self.out}; the same command goes on")
         else:
-            first, last = self.value("knn"), self.value("knn", -1)
-            result = "no labels, no kNN" if last is None else f"kNN of h {last:.2f} %, untrained {first:.2f} %"
-            already = "finished already, nothing to do: " if step == self.start else "done: "
-            self.line(f"{already}{result}; checkpoint and curves in {self.out}")
+            self.line(f"finished{' already, nothing to do' * (step == self.start)}: checkpoint and curves in {self.out}")
+            self.line(result)
         ddp.close()
         if asked:
             sys.exit(UNFINISHED)
 
     def curves(self):
-        """Draw curves.png from the log: kNN accuracy, loss, learning rate."""
+        """Draw curves.png from the log."""
         if ddp.rank():
             return
         from matplotlib.figure import Figure                    # here: it takes a while to import
         events = self.events()
-        pictures = (("knn", "kNN top-1 of h, %"), ("ratio", "loss / ln(K + 1)"), ("lr", "learning rate"))
         figure = Figure(figsize=(12, 3.4), layout="constrained")
-        for axis, (name, title) in zip(figure.subplots(1, 3), pictures):
+        for axis, (name, title) in zip(figure.subplots(1, len(self.pictures)), self.pictures):
             points = [(e["step"], e[name]) for e in events if e.get(name) is not None]
             if not points:
                 axis.text(.5, .5, "nothing to show", ha="center", transform=axis.transAxes)
             else:
-                axis.plot(*zip(*points), marker="o" if name == "knn" else None, markersize=4, color="#0072B2")
+                axis.plot(*zip(*points), marker="o" if name == self.pictures[0][0] else None, markersize=4, color="#0072B2")
             if name == "knn" and points:
                 axis.axhline(points[0][1], color="gray", linestyle="--", linewidth=1)
                 axis.annotate("random encoder", (points[-1][0], points[0][1]), (0, 4), ha="right",
@@ -314,7 +319,8 @@ def _short(value):
 def describe(facts):
     """The usual words for what a line tells."""
     words = {"epoch": "epoch {:.1f}", "loss": "loss {:.3f}", "ratio": "({:.2f} of ln(K+1))", "queue": "queue {:.0%}",
-             "lr": "lr {:.4f}", "knn": "kNN {:.2f} %", "images_per_s": "{:.0f} images/s", "waiting": "waiting {:.1%}"}
+             "lr": "lr {:.4f}", "knn": "kNN {:.2f} %", "top1": "top-1 {:.2f} %",
+             "top5": "top-5 {:.2f} %", "images_per_s": "{:.0f} images/s", "waiting": "waiting {:.1%}"}
     return "  ".join(words[k].format(v) for k, v in facts.items() if k in words and v is not None)
 
 

@@ -1,6 +1,7 @@
 """Shared by the tests: where the project is, running a script, running a function in two processes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,22 @@ def write_folder(root, n, size, classes=("cat", "dog"), splits=("train", "val"))
             for i in range(n):
                 Image.fromarray(photo(rng, *size)).save(root / split / name / f"{i}.jpg", quality=92)
     return root
+
+
+@pytest.fixture
+def inside(monkeypatch, capsys):
+    """Call a script's `main` in this process, which saves its start-up: `inside(module, *argv, cwd=...)` -> stdout."""
+    def call(module, *argv, cwd):
+        monkeypatch.chdir(cwd)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        handlers = [signal.getsignal(n) for n in numbers]
+        try:
+            module.main([str(a) for a in argv])
+        finally:
+            for n, handler in zip(numbers, handlers):
+                signal.signal(n, handler)
+        return capsys.readouterr().out
+    return call
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def pil(image):
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
-def against(ours, theirs, name, most=GREY_LEVELS):
+def assert_equals(ours, theirs, name, most=GREY_LEVELS):
     """Images in [0, 1] (n, 3, H, W) against a list of PIL images or tensors in [0, 1]."""
     theirs = torch.stack([F.to_dtype(F.to_image(t), torch.float32, scale=True) for t in theirs])
     assert (ours - theirs).abs().max() * 255 <= most, name
@@ -30,26 +30,26 @@ def test_jitter_equals_torchvision(photos, name, theirs):
     """On tensors for any factor; on PIL images, which round to grey levels, in the range of MoCo v2."""
     factors = torch.tensor([0., .2, .6, .9, 1., 1.1, 1.4, 1.8])
     ours = getattr(augment, name)(photos / 255, factors)
-    against(ours, [theirs(x / 255, f.item()) for x, f in zip(photos, factors)], name, most=.05)
-    against(ours[2:7], [theirs(pil(x), f.item()) for x, f in zip(photos[2:7], factors[2:7])], name)
+    assert_equals(ours, [theirs(x / 255, f.item()) for x, f in zip(photos, factors)], name, most=.05)
+    assert_equals(ours[2:7], [theirs(pil(x), f.item()) for x, f in zip(photos[2:7], factors[2:7])], name)
 
 
 def test_hue_equals_torchvision_on_tensors(photos):
     shifts = torch.tensor([-.5, -.2, -.1, 0., .05, .1, .2, .5])
     photos[0, :, :5] = 100                                      # grey pixels have no hue
     ours = augment.hue(photos / 255, shifts)
-    against(ours, [F.adjust_hue(x / 255, s.item()) for x, s in zip(photos, shifts)], "hue", most=.01)
+    assert_equals(ours, [F.adjust_hue(x / 255, s.item()) for x, s in zip(photos, shifts)], "hue", most=.01)
 
 
 def test_gray_equals_torchvision_on_pil_images(photos):
-    against(augment.grayscale(photos / 255), [F.rgb_to_grayscale(pil(x), 3) for x in photos], "gray")
+    assert_equals(augment.grayscale(photos / 255), [F.rgb_to_grayscale(pil(x), 3) for x in photos], "gray")
 
 
 def test_blur_equals_torchvision_on_tensors(photos):
     sigma = torch.linspace(.1, 2, 8)
     size = 2 * augment.BLUR_RADIUS + 1
     theirs = [F.gaussian_blur(x / 255, [size, size], [s.item(), s.item()]) for x, s in zip(photos, sigma)]
-    against(augment.blur(photos / 255, sigma), theirs, "blur", most=.01)
+    assert_equals(augment.blur(photos / 255, sigma), theirs, "blur", most=.01)
 
 
 @pytest.mark.parametrize("area", [(.2, 1.), (.02, .1)])
@@ -58,7 +58,7 @@ def test_crop_equals_torchvision_on_pil_images(photos, area):
     boxes = augment.crop_boxes(48, 40, augment.generator(0).random((8, 22)), area)
     ours = augment.crop_resize(photos, torch.from_numpy(boxes), 32) / 255
     theirs = [F.resized_crop(pil(x), *box, [32, 32], antialias=True) for x, box in zip(photos, boxes.tolist())]
-    against(ours, theirs, "crop")
+    assert_equals(ours, theirs, "crop")
 
 
 def test_flip_and_normalisation(photos):
@@ -134,12 +134,11 @@ def test_operations_come_in_the_released_order(photos):
 
 
 def test_processes_take_their_rows_of_one_draw(photos):
-    x = torch.stack([photos, photos.flip(0)])
-    whole = augment.Augment("moco_v2")(x, seed=3, step=5)
-    for rank in range(2):
-        part = augment.Augment("moco_v2", rank=rank, world=2)(x[:, 4 * rank:4 * rank + 4], seed=3, step=5)
-        for v in range(2):
-            torch.testing.assert_close(part[v], whole[v][4 * rank:4 * rank + 4], rtol=0, atol=1e-5)
-    again, other = augment.Augment("moco_v2")(x, 3, 5), augment.Augment("moco_v2")(x, 3 + 2 ** 32, 5)
-    assert torch.equal(again[0], whole[0]) and not torch.equal(other[0], whole[0])
-    assert not torch.equal(augment.Augment("moco_v2")(x, 3, 6)[0], whole[0])
+    x, module = torch.stack([photos, photos.flip(0)]), augment.Augment("moco_v2")
+    whole = module(x, 3, 5, batch=8)
+    for rows in (slice(0, 4), slice(4, 8)):
+        for part, view in zip(module(x[:, rows], 3, 5, 8, rows), whole):
+            torch.testing.assert_close(part, view[rows], rtol=0, atol=1e-5)
+    assert torch.equal(module(x, 3, 5, 8)[0], whole[0])
+    assert not torch.equal(module(x, 3 + 2 ** 32, 5, 8)[0], whole[0])
+    assert not torch.equal(module(x, 3, 6, 8)[0], whole[0])

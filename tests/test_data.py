@@ -7,11 +7,10 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as F
+from conftest import photo, spawn, write_folder
 from PIL import Image
 
 from common import data, ddp, textures
-
-from conftest import photo, spawn, write_folder
 
 CPU = torch.device("cpu")
 

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import spawn
 
 import moco_v2
 from common import ddp, train
 from common.model import Encoder, GroupBatchNorm2d, head, resnet
-
-from conftest import spawn
 
 
 def settings(**other):
@@ -263,11 +262,12 @@ def test_every_option_of_a_preset_is_a_setting():
         assert set(row) - {"paper", "long"} <= known and "paper" in row, name
 
 
-def test_gradient_through_gather_is_that_of_one_process():
-    spawn(gathered_loss)
+def test_gradient_through_gather_is_that_of_one_process(tmp_path):
+    spawn(gathered_loss, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2                   # both got through
 
 
-def gathered_loss():
+def gathered_loss(folder):
     """The loss of every process sees all rows; a gather without gradient would give another one."""
     torch.manual_seed(0)
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
@@ -277,6 +277,7 @@ def gathered_loss():
     ((mine @ everything.T) ** 3).mean().backward()
     assert close(mine.grad / ddp.world(), expected[ddp.rows(6)], 1e-12)
     assert torch.equal(ddp.all_gather(mine), x)
+    (folder / str(ddp.rank())).touch()
 
 
 def test_encoder_features_are_what_they_are_called():
