@@ -33,7 +33,7 @@ def test_knn_is_the_weighted_vote():
 
 def test_logistic_regression_is_at_its_minimum():
     x, y = clusters(300, 0)
-    weight = evaluate._logistic(x, y, 4, .01).double().requires_grad_()
+    weight = evaluate._logistic(x, y, 4, .01, x.var(0)).double().requires_grad_()
     logits = x.double() @ weight[:-1] + weight[-1]
     (torch.nn.functional.cross_entropy(logits, y) + .005 * weight[:-1].square().sum()).backward()
     assert weight.grad.abs().max() < 1e-4
