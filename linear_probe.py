@@ -276,7 +276,12 @@ def main(argv=None):
     augmented = augment.Augment(s.stack, augment.jitter_strength(s.jitter), s.blur, s.normalisation).to(device)
     learning_rate = functools.partial(train.learning_rate, lr=s.lr, schedule="steps", drops=s.drops, warmup=s.warmup,
                                       epochs=s.epochs, steps_per_epoch=steps_per_epoch)
-    run.open(f"the paper's top-1 for this row, on ImageNet: {PRESETS[args.preset]['paper']}")
+    lines = [f"the paper's top-1 for this row, on ImageNet: {PRESETS[args.preset]['paper']}"]
+    if frozen:
+        few = evaluate.features(model, evaluate.thin(dataset.test, 256), scale=s.normalisation, size=s.size, device=device,
+                                workers=args.workers, precision=s.precision)
+        lines.append(f"mean length of {s.feature}: {few.norm(dim=1).mean():.2f}; the larger, the smaller the --lr that suits")
+    run.open(*lines)
 
     done, stop = run.start, min(run.total, args.max_steps or run.total)
     batches = data.views(dataset.train, 1, size=s.size, area=s.crop, batch=s.batch_size, seed=s.seed, start=done,

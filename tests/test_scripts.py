@@ -125,7 +125,7 @@ def test_sigterm_finishes_the_step_and_leaves_unfinished(folders, tmp_path):
 
 
 def test_torchrun_with_two_processes_ends_like_one(folders, tmp_path):
-    """The real command; in fp32, so only to rounding, which a few steps do not blow up."""
+    """The real command. In fp32, so to what rounding becomes in 3 epochs; test_moco.py compares in float64."""
     argv = [folders[0], *TINY, "--batch-size", "32", "--bn-group", "16", "--precision", "fp32", "--lr", ".01"]
     run("moco_v2.py", *argv, cwd=tmp_path, **ONE)
     (tmp_path / "out").rename(tmp_path / "one")
@@ -134,8 +134,8 @@ def test_torchrun_with_two_processes_ends_like_one(folders, tmp_path):
     assert one["settings"] == two["settings"] and events(tmp_path / "out")[0]["processes"] == 2
     for name in ("f", "g", "encoder_k"):
         for key, tensor in one[name].items():
-            assert (two[name][key] - tensor).float().norm() <= 1e-3 * tensor.float().norm(), (name, key)
-    assert (two["queue"] - one["queue"]).norm() <= 1e-3 * one["queue"].norm()
+            assert (two[name][key] - tensor).float().norm() <= 3e-2 * tensor.float().norm(), (name, key)
+    assert (two["queue"] - one["queue"]).norm() <= 3e-2 * one["queue"].norm()
 
 
 def test_images_without_labels_are_trained_on_and_not_probed(tmp_path, inside):
