@@ -33,13 +33,13 @@ PROBE = dict(stack="weak", jitter=.5, blur=False, crop=(.08, 1.), batch_size=256
 SCALES = {
     "imagenet": dict(PROBE, arch="resnet50", size=224, epochs=100),
     "cifar10": dict(PROBE, arch="resnet18-3x3", size=32, epochs=100),
-    "textures": dict(PROBE, arch="resnet10", size=32, epochs=10),
+    "textures": dict(PROBE, arch="resnet10", size=32, epochs=50),
 }
 # supervised from random weights: pytorch's ImageNet recipe, lr .1 for 256 images, a tenth at 30, 60 and 90 of 100 epochs
 SUPERVISED = {
     "imagenet": dict(lr=.1, weight_decay=1e-4, drops=(.3, .6, .9)),
     "cifar10": dict(lr=.1, weight_decay=5e-4, drops=(.3, .6, .9), epochs=200),
-    "textures": dict(lr=.05, weight_decay=5e-4, drops=(.3, .6, .9), batch_size=64, warmup=50),
+    "textures": dict(lr=.05, weight_decay=5e-4, drops=(.3, .6, .9), epochs=10, batch_size=64, warmup=50),
 }
 STRONG = dict(stack="moco_v2", crop=(.2, 1.), blur=True)        # Table 2: the MoCo v2 stack, one view, one operation varied
 PRESETS = {  # what differs from the scale, and the paper's ImageNet top-1 in percent; all but the first want --train all
