@@ -3,14 +3,14 @@
 The paper's evaluation: the encoder f stays as it is, its head is discarded, and a linear classifier is trained on
 h = f(x) with SGD on crops and flips (He et al. 2020, Sec. 4.1). `--feature` asks the same of what the head makes of h.
 With `--train all` the same loop trains f too, from random weights, with labels: the supervised rows of Table 2, which
-augment as MoCo v2 does, and the usual recipe. `--quick` is a minute's substitute: features once, a logistic regression.
+augment as MoCo v2 does, and the usual recipe. `--quick` is a substitute in seconds: features once, a logistic regression.
 
     torchrun --nproc_per_node=8 linear_probe.py IMAGENET --encoder runs/moco_v2-imagenet-table1/checkpoint.pt
     python linear_probe.py                                           # a laptop: the newest checkpoint under runs/
     python linear_probe.py --quick --encoder random FILE             # kNN and quick probe, beside the untrained encoder
     python linear_probe.py IMAGENET --train all --preset table2a-medium
 
-x (N, 3, H, W) one view of N images;  h (N, width);  hidden (N, width) what the head's first ReLU makes of it;
+x (N, 3, H, W) one view of N images;  h (N, width);  hidden (N, .) what the head's first ReLU makes of it;
 z (N, D) the head's output;  logits (N, classes);  y (N,) labels. The paper's number for each row stands in PRESETS.
 """
 
@@ -43,15 +43,15 @@ SUPERVISED = {
 }
 STRONG = dict(stack="moco_v2", crop=(.2, 1.), blur=True)        # Table 2: the MoCo v2 stack, one view, one operation varied
 PRESETS = {  # what differs from the scale, and the paper's ImageNet top-1 in percent; all but the first want --train all
-    "probe": dict(paper="in moco_v2.py, beside the row that the encoder was trained with"),
-    "supervised": dict(paper="none; torchvision's ResNet-50 of this recipe has 76.1"),
-    "table2a-baseline": dict(STRONG, paper="75.5"),
-    "table2a-medium": dict(STRONG, crop=(.2, .5), paper="74.8"),
-    "table2a-extreme": dict(STRONG, crop=(.02, .1), paper="52.0"),
-    "table2b-eighth": dict(STRONG, jitter=1 / 8, paper="75.8"),
-    "table2b-quarter": dict(STRONG, jitter=1 / 4, paper="75.7"),
-    "table2b-half": dict(STRONG, jitter=1 / 2, paper="75.6"),
-    "table2b-full": dict(STRONG, jitter=1., paper="74.6"),
+    "probe": dict(paper="says moco_v2.py for the row that the encoder was trained with"),
+    "supervised": dict(paper="is none; torchvision's ResNet-50 of this recipe has 76.1"),
+    "table2a-baseline": dict(STRONG, paper="is 75.5"),
+    "table2a-medium": dict(STRONG, crop=(.2, .5), paper="is 74.8"),
+    "table2a-extreme": dict(STRONG, crop=(.02, .1), paper="is 52.0"),
+    "table2b-eighth": dict(STRONG, jitter=1 / 8, paper="is 75.8"),
+    "table2b-quarter": dict(STRONG, jitter=1 / 4, paper="is 75.7"),
+    "table2b-half": dict(STRONG, jitter=1 / 2, paper="is 75.6"),
+    "table2b-full": dict(STRONG, jitter=1., paper="is 74.6"),
 }
 FEW = 20                                                        # classes of which a confusion matrix is legible
 
@@ -188,7 +188,7 @@ def draw_confusion(confusion, classes, path):
     axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
     for i, row in enumerate(share.tolist()):
         for j, value in enumerate(row):
-            if value >= .5:
+            if value >= 1:
                 axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 55 else "black")
     axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axis.set_yticks(range(len(classes)), classes)
@@ -248,8 +248,12 @@ def prepare(args, device):
         [(name, encoder, saved)], dataset = read_encoders(args)
         s, out = train.resolve("linear_probe", args, SCALES, PRESETS, dataset.scale, aside=aside)
         train.check(s, len(dataset.train), args.max_steps, args.workers, drop_last=False)
-        s.encoder, s.feature, s.arch, s.size, s.normalisation = name, args.feature, saved["arch"], saved["size"], saved["scale"]
-        s.fingerprint = fingerprint(encoder)
+        s.encoder, s.feature = str(Path(name).resolve()) if Path(name).is_file() else name, args.feature
+        s.arch, s.size, s.normalisation = saved["arch"], saved["size"], saved["scale"]
+        s.encoder_fingerprint = fingerprint(encoder)            # of another one, or trained since: the run is refused
+        if s.batch_size > len(dataset.train):
+            s.batch_size, s.lr = len(dataset.train), s.lr * len(dataset.train) / s.batch_size
+            train.say(f"note: batch {s.batch_size}, all images there are; learning rate {s.lr:g} by the linear rule")
         frozen = Frozen(encoder, s.feature).to(device, memory_format=torch.channels_last)
         folder = "probe" if s.feature == "h" else f"probe-{s.feature}"
         if not args.out:
@@ -276,7 +280,7 @@ def main(argv=None):
     augmented = augment.Augment(s.stack, augment.jitter_strength(s.jitter), s.blur, s.normalisation).to(device)
     learning_rate = functools.partial(train.learning_rate, lr=s.lr, schedule="steps", drops=s.drops, warmup=s.warmup,
                                       epochs=s.epochs, steps_per_epoch=steps_per_epoch)
-    lines = [f"the paper's top-1 for this row, on ImageNet: {PRESETS[args.preset]['paper']}"]
+    lines = [f"the paper's top-1 for this row, on ImageNet, {PRESETS[args.preset]['paper']}"]
     if frozen:
         few = evaluate.features(model, evaluate.thin(dataset.test, 256), scale=s.normalisation, size=s.size, device=device,
                                 workers=args.workers, precision=s.precision)
@@ -293,9 +297,9 @@ def main(argv=None):
             group["lr"] = lr = learning_rate(step)
         loss = train_step(logits_of, optimizer, x, labels[index.to(device)], batch)
         done = step + 1
-        run.tell(done, loss, epoch=done / steps_per_epoch, lr=lr)
-        leave = run.stopping(done) or done == stop
         epoch, inside = divmod(done, steps_per_epoch)
+        leave = run.stopping(done) or done == stop
+        run.tell(done, loss, leave or not inside, epoch=done / steps_per_epoch, lr=lr)
         if leave or not inside:
             if not frozen:
                 ddp.average_buffers(model)

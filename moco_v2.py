@@ -6,6 +6,7 @@ which a slowly following copy of it, the momentum encoder, has made (He et al. 2
     torchrun --nproc_per_node=8 moco_v2.py IMAGENET      # Table 1's first row: 100 epochs of ResNet-50
     python moco_v2.py                                    # a laptop: embedded textures, about two minutes
     python moco_v2.py DATA --preset table3a --K 512      # one cell of one table; K is a column of Table 3
+    (under torchrun write --momentum for --m, which torchrun would take for one of its own)
 
 x1, x2 (N, 3, H, W) two views of N images;  h = f(x) (N, width);  z = g(h) (N, D);  q, k (N, D) the z of the query and
 the momentum encoder at unit length;  queue (K, D);  W processes of N images, groups of --bn-group images share
@@ -23,7 +24,10 @@ from common.loss import info_nce, unit
 from common.model import HEADS, Encoder, head, load_state, resnet
 
 MOCO_V2 = dict(stack="moco_v2", head="mlp", dim=128, crop=(.2, 1.), jitter=.5, schedule="cosine", bn_group=32)
-SCALES = {   # a scale belongs to the kind of data; at each, the baseline is the paper's MoCo v2
+# A scale belongs to the kind of data; at each, the baseline is the paper's MoCo v2, with K, m, temperature and blur to suit
+# small images (for cifar10 those of FAIR's demo). `long` times as many epochs where the paper's run is the longer one,
+# about `looks` kNN accuracies in a run.
+SCALES = {
     "imagenet": dict(MOCO_V2, arch="resnet50", size=224, epochs=100, long=2, batch_size=256, lr=.03, warmup=0,
                      weight_decay=1e-4, K=65536, m=.999, temperature=.2, blur=True, looks=20),
     "cifar10": dict(MOCO_V2, arch="resnet18-3x3", size=32, epochs=200, long=1, batch_size=256, lr=.03, warmup=0,
@@ -40,7 +44,7 @@ PRESETS = {  # a row of a table: what differs from the baseline, and the paper's
     "table2a-baseline": dict(crop=(.2, 1.), paper="64.4"),      # share of the image's area
     "table2a-medium": dict(crop=(.2, .5), paper="63.7"),
     "table2a-extreme": dict(crop=(.02, .1), paper="47.1"),
-    "table2b-eighth": dict(jitter=1 / 8, paper="63.1"),         # SimCLR's strength; MoCo v2 is a half
+    "table2b-eighth": dict(jitter=1 / 8, paper="63.1"),         # in units of SimCLR's strength, of which MoCo v2 has half
     "table2b-quarter": dict(jitter=1 / 4, paper="63.9"),
     "table2b-half": dict(jitter=1 / 2, paper="64.2"),
     "table2b-full": dict(jitter=1., paper="64.3"),
@@ -62,8 +66,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--head", choices=HEADS, help="projection head g, Table 1")
     add("--K", type=int, metavar="n", help="negatives in the queue")
-    add("--m", type=float, help="momentum of the key encoder")
-    add("--temperature", type=float)
+    add("--m", "--momentum", type=float, dest="m", help="momentum of the key encoder; under torchrun write --momentum")
+    add("--temperature", type=float, help="of Eq. (1)")
     add("--crop", type=float, nargs=2, metavar=("LO", "HI"), help="share of the image's area, Table 2 (a)")
     add("--jitter", type=float, metavar="S", help="colour jitter (.8 S, .8 S, .8 S, .2 S), Table 2 (b)")
     add("--blur", action=train.argparse.BooleanOptionalAction, default=None)
@@ -78,14 +82,16 @@ def check(s, n_images, args):
     wrong = [text for bad, text in [
         (s.K < 1, f"--K {s.K}: expected 1 negative or more"),
         (not 0 <= s.m < 1, f"--m {s.m:g}: expected 0 <= m < 1"),
-        (s.temperature <= 0, f"--temperature {s.temperature:g}: expected more than 0"),
+        (not s.temperature > 0, f"--temperature {s.temperature:g}: expected more than 0"),
         (not 0 < lo <= hi <= 1, f"--crop {lo:g} {hi:g}: expected 0 < LO <= HI <= 1"),
         (not 0 <= s.jitter <= 2.5, f"--jitter {s.jitter:g}: expected 0 to 2.5 (beyond, the hue turns by more than half)"),
     ] if bad]
     if wrong:
         raise SystemExit(wrong[0])
     if s.K > n_images - s.batch_size:
-        train.say(f"note: K = {s.K} of {n_images} images: an image's own old keys are among its negatives")
+        train.say(f"note: K = {s.K} of {n_images} images: most images have their own old keys among their negatives")
+    if s.bn_group == s.batch_size:
+        train.say("note: one group of batch statistics: shuffling BN changes nothing; --bn-group of half the batch gives two")
 
 
 # Sec. 2: the positive pair is (q, k); the negatives are the queue.
@@ -199,9 +205,10 @@ def main(argv=None):
         loss = train_step(encoder_q, encoder_k, embed_q, embed_k, queue, optimizer, x1, x2, permutation, step, s.m,
                           s.temperature)
         done = step + 1
-        run.tell(done, loss, epoch=done / steps_per_epoch, queue=min(1, done * s.batch_size / s.K), lr=lr)
-        leave = run.stopping(done) or done == stop
         epoch, inside = divmod(done, steps_per_epoch)
+        leave = run.stopping(done) or done == stop
+        run.tell(done, loss, leave or not inside, epoch=done / steps_per_epoch, lr=lr,
+                 queue=min(1, done * s.batch_size / s.K))
         if leave or not inside:
             ddp.average_buffers(encoder_q)
             ddp.average_buffers(encoder_k)

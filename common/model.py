@@ -152,8 +152,11 @@ def _read(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file; expected a checkpoint.pt of one of the training scripts")
-    except Exception as error:                                  # torch raises many kinds for a file that is no archive
-        raise SystemExit(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0][:100]})")
+    except IsADirectoryError:
+        raise SystemExit(f"{path}: a folder; name the checkpoint.pt in it")
+    except Exception:                                           # torch raises many kinds for a file that is no archive
+        raise SystemExit(f"{path}: cannot be read as a checkpoint: cut short, damaged, no checkpoint at all, or made to run "
+                         "code; nothing of it was used")
 
 
 def load_encoder(path, arch=None, seed=0):

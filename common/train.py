@@ -34,7 +34,8 @@ def add_flags(parser, presets):
     add("data", nargs="?", metavar="DATA", help="a folder of images; without it, the embedded textures")
     add("--preset", default=next(iter(presets)), choices=presets, metavar="ROW",
         help=f"a row of the paper's tables: {', '.join(presets)}")
-    add("--out", metavar="DIR", help="where the run is written (default: runs/SCRIPT-SCALE-PRESET)")
+    add("--out", metavar="DIR", help="where the run is written (default: runs/SCRIPT-SCALE-PRESET, and K and the seed "
+        "where they are given; a probe: probe/ beside the encoder's file)")
     add("--fresh", action="store_true", help="start anew where --out holds a run already")
     add("--seed", type=int, metavar="n")
     add("--epochs", type=int, metavar="n")
@@ -95,13 +96,13 @@ def check(s, n_images, max_steps=None, workers=0, drop_last=True):
     if max_steps is not None and max_steps < 1 or workers < 0:
         raise SystemExit(f"--max-steps {max_steps} --workers {workers}: expected 1 or more steps, 0 or more workers")
     model.check_arch(s.arch)
-    if s.lr <= 0 or s.warmup < 0 or s.seed < 0:
+    if not s.lr > 0 or s.warmup < 0 or s.seed < 0:
         raise SystemExit(f"--lr {s.lr:g} --warmup {s.warmup} --seed {s.seed}: expected lr above 0, the others 0 or more")
     if drop_last and (s.batch_size > n_images or s.batch_size % unit):
         most = min(s.batch_size, n_images)
         why = (f"larger than the data set of {n_images} images" if s.batch_size > n_images else
                f"does not divide into {world} processes with groups of {s.bn_group} images")
-        group = s.bn_group if most >= unit else max(1, most // world)
+        group = s.bn_group if most >= 2 * unit else max(1, most // (2 * world))     # two groups, or shuffling does nothing
         flag = "" if group == s.bn_group else f"--bn-group {group} "
         raise SystemExit(f"--batch-size {s.batch_size}: {why}; {flag}--batch-size "
                          f"{max(1, most // (group * world)) * group * world} would fit")
@@ -199,9 +200,12 @@ class Run:
             self.waited += time.time() - since
             yield batch
 
-    def tell(self, step, loss, **more):
-        """After a step: refresh the live line, or the log every 50 steps. `loss` is a tensor of this process."""
-        now, every = time.time(), step % EVERY == 0
+    def tell(self, step, loss, last=False, **more):
+        """After a step: refresh the live line; log it every 50 steps, and the `last` before the state is saved.
+
+        `loss` is a tensor of this process. Raises SystemExit if it is not finite, before that could be saved.
+        """
+        now, every = time.time(), last or step % EVERY == 0
         if every:
             loss = ddp.mean(loss)
             if not torch.isfinite(loss):
@@ -281,7 +285,9 @@ class Run:
         """Say how the run ended, last the line `result`; leave with the code for unfinished where it was asked to stop."""
         asked = step < self.total and ddp.any_process(self.asked, self.device)
         if step < self.total:
-            self.line(f"stopped at step {step} of {self.total}, saved in {self.out}; the same command goes on")
+            how = "the same command goes on" if asked else "without --max-steps, or with a larger one, it goes on"
+            self.line(f"stopped at step {step} of {self.total}, saved in {self.out}; {how}")
+            self.curves()
         else:
             self.line(f"finished{' already, nothing to do' * (step == self.start)}: checkpoint and curves in {self.out}")
             self.line(result)

@@ -53,6 +53,8 @@ def test_a_probe_runs_is_reported_and_goes_on(made, inside):
     a, b = (torch.load(made / name / "checkpoint.pt", weights_only=True) for name in ("moco/probe", "parts"))
     assert a["step"] == 12 and all(torch.equal(a["g"][k], b["g"][k]) for k in a["g"])
     assert "finished already" in inside(linear_probe, *argv[1:], cwd=made)
+    out = inside(linear_probe, "--encoder", "moco/checkpoint.pt", "--epochs", "1", "--out", "one", cwd=made)
+    assert "note: batch 44, all images there are; learning rate 5.15625" in out
 
 
 def test_the_probe_is_sgd_at_lr_30_with_steps_at_60_and_80():

@@ -54,6 +54,8 @@ def test_from_images_to_accuracy_and_again(folders, tmp_path, inside):
     assert "class folders, 2 classes, 44 + 44 images" in first.stdout and "kNN of h" in first.stdout.splitlines()[-1]
     looks = [e for e in events(tmp_path / "out") if e["event"] == "epoch"]
     assert [e["epoch"] for e in looks] == [0, 1, 2, 3] and all(0 <= e["knn"] <= 100 for e in looks)
+    losses = [(e["step"], e["loss"]) for e in events(tmp_path / "out") if e["event"] == "step"]
+    assert [step for step, _ in losses] == [5, 10, 15] and all(0 < loss < 10 for _, loss in losses)
     start = events(tmp_path / "out")[0]
     assert start["settings"]["K"] == 20 and start["torch"] == torch.__version__
     with Image.open(tmp_path / "out/curves.png") as picture:
@@ -94,7 +96,7 @@ def test_a_run_that_was_stopped_and_killed_ends_like_one_left_alone(folders, tmp
     (tmp_path / "out").rename(whole)
     steps = load(whole / "checkpoint.pt")["step"]
     stopped = run("moco_v2.py", *argv, "--workers", "2", "--max-steps", "2", cwd=tmp_path, **ONE)
-    assert f"stopped at step 2 of {steps}" in stopped.stdout
+    assert f"stopped at step 2 of {steps}" in stopped.stdout and "without --max-steps" in stopped.stdout
     process = subprocess.Popen([sys.executable, ROOT / "moco_v2.py", *map(str, argv), "--workers", "0"], cwd=tmp_path,
                                env={**__import__("os").environ, **ONE}, stdout=subprocess.DEVNULL)
     path = tmp_path / "out/checkpoint.pt"
@@ -126,7 +128,8 @@ def test_sigterm_finishes_the_step_and_leaves_unfinished(folders, tmp_path):
 
 def test_torchrun_with_two_processes_ends_like_one(folders, tmp_path):
     """The real command. In fp32, so to what rounding becomes in 3 epochs; test_moco.py compares in float64."""
-    argv = [folders[0], *TINY, "--batch-size", "32", "--bn-group", "16", "--precision", "fp32", "--lr", ".01"]
+    argv = [folders[0], *TINY, "--batch-size", "32", "--bn-group", "16", "--precision", "fp32", "--lr", ".01",
+            "--momentum", ".9"]                                 # torchrun would take --m for one of its own
     run("moco_v2.py", *argv, cwd=tmp_path, **ONE)
     (tmp_path / "out").rename(tmp_path / "one")
     run("moco_v2.py", *argv, cwd=tmp_path, torchrun=2, **ONE)
@@ -173,13 +176,15 @@ def bad(tmp_path, folders):
         (["hollow"], "train: no class folders"),
         (["broken"], "none of 3 sampled images can be read"),
         ([small, *TINY, "--K", "0"], "--K 0: expected 1"),
-        ([small, "--batch-size", "64"], "larger than the data set of 44 images; --batch-size 32 would fit"),
-        ([small, "--batch-size", "256", "--bn-group", "64"], "--bn-group 44 --batch-size 44 would fit"),
-        ([small, "--batch-size", "40"], "groups of 32 images; --batch-size 32 would fit"),
+        ([small, "--batch-size", "64"], "larger than the data set of 44 images; --bn-group 22 --batch-size 44 would fit"),
+        ([small, "--batch-size", "256", "--bn-group", "64"], "--bn-group 22 --batch-size 44 would fit"),
+        ([small, "--batch-size", "40"], "groups of 32 images; --bn-group 20 --batch-size 40 would fit"),
         ([small, "--preset", "table9"], "invalid choice: 'table9'"),
         ([small, *TINY, "--out", "notes.txt/out"], "--out notes.txt/out: cannot be written"),
         ([small, *TINY, "--m", "1"], "--m 1: expected 0 <= m < 1"),
         ([small, *TINY, "--temperature", "0"], "--temperature 0"),
+        ([small, *TINY, "--temperature", "nan"], "--temperature nan"),
+        ([small, *TINY, "--lr", "nan"], "--lr nan"),
         ([small, *TINY, "--crop", ".5", ".2"], "--crop 0.5 0.2"),
         ([small, *TINY, "--jitter", "-1"], "--jitter -1"),
         ([small, *TINY, "--arch", "vgg16"], "--arch vgg16: unknown"),
