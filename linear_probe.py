@@ -235,7 +235,7 @@ def build(s, device, compiled, frozen=None, state=None):
     return model, logits_of, optimizer
 
 
-def prepare(args, device):
+def prepare(args):
     """Settings, folder, data and what is frozen, or None: of a probe, or of supervised training."""
     aside = ("encoder", "quick", "train", "feature")
     if args.train == "all":
@@ -254,7 +254,7 @@ def prepare(args, device):
         if s.batch_size > len(dataset.train):
             s.batch_size, s.lr = len(dataset.train), s.lr * len(dataset.train) / s.batch_size
             train.say(f"note: batch {s.batch_size}, all images there are; learning rate {s.lr:g} by the linear rule")
-        frozen = Frozen(encoder, s.feature).to(device, memory_format=torch.channels_last)
+        frozen = Frozen(encoder, s.feature)
         folder = "probe" if s.feature == "h" else f"probe-{s.feature}"
         if not args.out:
             out = Path(name).parent / folder if Path(name).is_file() else Path(f"{out}-{name.replace(':', '-')}-{s.feature}")
@@ -267,7 +267,7 @@ def main(argv=None):
     device = ddp.init()
     if args.quick:
         return quick(args, device)
-    s, out, dataset, frozen = prepare(args, device)
+    s, out, dataset, frozen = prepare(args)
     n, labels, drop_last = len(dataset.train), dataset.train.labels.to(device), frozen is None
     steps_per_epoch = data.steps_per_epoch(n, s.batch_size, drop_last)
     run = train.Run(out, s, s.epochs * steps_per_epoch, device, args.fresh, pictures=(

@@ -136,7 +136,7 @@ def load_state(module, state, what):
     module.load_state_dict(state)
 
 
-def read_checkpoint(path, needs=("f", "g", "settings")):
+def read_checkpoint(path, needs):
     """A checkpoint as a dict, on the CPU, without running any code that it may hold.
 
     Raises SystemExit where the file is missing, would run code, or lacks one of `needs`.
