@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # channel means and standard deviations of images in [0, 1]
@@ -22,6 +23,7 @@ STACKS = {"moco_v1": (("gray", .2), ("jitter", 1.), ("flip", .5)),              
           "none": ()}
 GRAY = (.2989, .587, .114)                                      # ITU-R 601, as PIL and torchvision
 BLUR_SIGMA = (.1, 2.)                                           # pixels
+CACHED = 8 * 3 * 224 ** 2                                       # values of images worked on at once on a CPU
 BLUR_RADIUS = 8                                                 # 4 sigma: PIL's has no sharp end, SimCLR's has 11
 
 
@@ -104,15 +106,15 @@ def hue(x, shift):
     red, green, blue = x.unbind(1)
     high, low = x.amax(1), x.amin(1)                            # (n, H, W)
     chroma = high - low
-    divisor = torch.where(chroma > 0, chroma, 1)
-    sector = torch.where(high == red, (green - blue) / divisor,
-                         torch.where(high == green, (blue - red) / divisor + 2, (red - green) / divisor + 4))
-    sector = sector + 6 * shift.view(-1, 1, 1)
-    out = torch.empty_like(x)
-    for channel, offset in enumerate((5., 3., 1.)):             # each channel is high less a trapezoid of the sector
-        k = (sector + offset) % 6
-        out[:, channel] = high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
-    return out
+    # sector of the colour circle: by the channel that is highest; arithmetic, as where() is 20 times slower on a CPU
+    turn = torch.lerp(blue - red + 2 * chroma, red - green + 4 * chroma, (high - green).sign_())
+    turn = torch.lerp(green - blue, turn, (high - red).sign_())
+    turn.div_(chroma.clamp(min=1e-12)).div_(6).add_(shift.view(-1, 1, 1))
+    sector = turn.sub_(turn.floor()).mul_(6)
+    shares = (sector - 3).abs_().sub_(1), 2 - (sector - 2).abs_(), 2 - (sector - 4).abs_()
+    for channel, share in zip((red, green, blue), shares):      # each channel is low plus a trapezoid of the sector
+        torch.addcmul(low, share.clamp_(0, 1), chroma, out=channel)
+    return x
 
 
 def grayscale(x):
@@ -120,19 +122,14 @@ def grayscale(x):
 
 
 def blur(x, sigma, radius=BLUR_RADIUS):
-    """Gaussian blur with `sigma` (n,) pixels and reflected borders, as two products with banded matrices."""
-    def band(size):
-        reach = min(radius, size - 1)
-        offset = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
-        kernel = torch.softmax(-.5 * (offset / sigma[:, None]) ** 2, 1)         # (n, 2 reach + 1)
-        place = torch.arange(size, device=x.device)[:, None] + offset.long()    # (size, 2 reach + 1)
-        place = place.abs()
-        place = torch.where(place >= size, 2 * (size - 1) - place, place)
-        matrix = x.new_zeros(len(x), size, size)
-        return matrix.scatter_add_(2, place.expand(len(x), -1, -1), kernel[:, None].expand(-1, size, -1))
+    """Gaussian blur with `sigma` (n,) pixels and reflected borders: two convolutions, an image's channels its own."""
     n, channels, height, width = x.shape
-    x = (x.reshape(n, channels * height, width) @ band(width).mT).view(n, channels, height, width)
-    return band(height)[:, None] @ x
+    reach = min(radius, height - 1, width - 1)
+    offset = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.softmax(-.5 * (offset / sigma[:, None]) ** 2, 1).repeat_interleave(channels, 0)
+    x = F.pad(x.reshape(1, n * channels, height, width), (reach,) * 4, mode="reflect")
+    x = F.conv2d(x, kernel[:, None, None], groups=n * channels)
+    return F.conv2d(x, kernel[:, None, :, None], groups=n * channels).view(n, channels, height, width)
 
 
 class Augment(nn.Module):
@@ -178,6 +175,8 @@ class Augment(nn.Module):
                 continue
             chosen = (draw["sigma"] > 0 if name == "blur" else draw[name]).nonzero().flatten()
             index = chosen.to(x.device)                         # known on the CPU: nothing waits for the device
+            if not len(index):
+                continue
             if name == "gray":
                 x[index] = grayscale(x[index])
             elif name == "blur":
@@ -188,5 +187,8 @@ class Augment(nn.Module):
 
     def forward(self, x, seed, step, batch, rows=slice(None)):
         draws = self.draw(len(x), batch, seed, step)
-        return [self.apply_draws(view, {name: t[v] if name == "order" else t[v, rows] for name, t in draws.items()})
-                for v, view in enumerate(x)]
+        # on a CPU a few images at a time, which its cache can hold: nearly twice as fast
+        part = len(x[0]) if x.is_cuda else max(1, CACHED // x[0, 0].numel())
+        return [torch.cat([self.apply_draws(images, {name: t[v] if name == "order" else t[v, rows][i * part:(i + 1) * part]
+                                                     for name, t in draws.items()})
+                           for i, images in enumerate(view.split(part))]) for v, view in enumerate(x)]

@@ -122,7 +122,7 @@ def _from_files(root, what, files, labels, test_files=None, test_labels=None, cl
     sizes, reason = [], None
     for name in sample:
         try:
-            sizes.append(read_image(name).size)
+            sizes.append(tuple(read_image(name).shape[1:]))
         except Exception as error:                              # PIL raises many kinds for a broken file
             reason = f"{os.fsdecode(name)}: {error}"
     if not sizes:
@@ -130,18 +130,19 @@ def _from_files(root, what, files, labels, test_files=None, test_labels=None, cl
     small = max(map(max, sizes)) <= SMALL
     # in memory only where all have one size: crops of them are one matrix product
     keep = small and len(set(sizes)) == 1
-    train, test = (None if f is None else _decode(f, y, sizes[0][::-1]) if keep else Images(y, files=f)
+    train, test = (None if f is None else _decode(f, y, sizes[0]) if keep else Images(y, files=f)
                    for f, y in ((files, labels), (test_files, test_labels)))
-    width, height = np.median(sizes, 0).astype(int)
+    height, width = np.median(sizes, 0).astype(int)
     count = f"{len(train)}" + (f" + {len(test)}" if test else "")
     return Data(str(root), f"{what}, {count} images of about {width} x {height} pixels",
                 "cifar10" if small else "imagenet", train, test, classes)
 
 
 def read_image(name):
-    """The decoded RGB image of a file, whatever its mode. Raises what PIL raises."""
+    """The decoded image of a file as RGB (3, H, W) uint8, whatever its mode. Raises what PIL raises."""
     with Image.open(name) as image:
-        return image.convert("RGB")
+        # no convert() where there is nothing to convert: it would copy
+        return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
 
 
 def _decode(files, labels, size):
@@ -184,11 +185,11 @@ class _Files(Dataset):
         index, u = key if isinstance(key, tuple) else (key, None)
         for at in itertools.chain(range(index, len(self.files)), range(index)):
             try:
-                image = torch.from_numpy(np.array(read_image(self.files[at])))
+                image = read_image(self.files[at])
                 break
             except Exception:                                   # PIL raises many kinds for a broken file
                 continue
-        return at, self.make(image.permute(2, 0, 1), u)
+        return at, self.make(image, u)
 
 
 def _crops(image, u, size, area):
@@ -213,7 +214,8 @@ def _centre(image, _, size):
 
 def resize(image, size):
     """Antialiased bilinear: (3, H, W) uint8 -> (3, *size) uint8."""
-    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+    image = image[None].contiguous(memory_format=torch.channels_last)           # in which torch's resize is fastest
+    return F.interpolate(image, size=size, mode="bilinear", antialias=True)[0]
 
 
 class _Steps:

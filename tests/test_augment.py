@@ -142,3 +142,13 @@ def test_processes_take_their_rows_of_one_draw(photos):
     assert torch.equal(module(x, 3, 5, 8)[0], whole[0])
     assert not torch.equal(module(x, 3 + 2 ** 32, 5, 8)[0], whole[0])
     assert not torch.equal(module(x, 3, 6, 8)[0], whole[0])
+
+
+def test_a_few_images_at_a_time_are_augmented_like_all_at_once(photos, monkeypatch):
+    """What a CPU does for the sake of its cache; also where a part has nothing to blur or to flip."""
+    x = photos.expand(2, *photos.shape)
+    stack = augment.Augment("moco_v2")
+    whole = stack(x, 0, 5, 8)
+    monkeypatch.setattr(augment, "CACHED", photos[0].numel())
+    for a, b in zip(whole, stack(x, 0, 5, 8)):
+        assert torch.allclose(a, b, atol=1e-5)

@@ -153,6 +153,6 @@ def test_evaluation_sees_the_centre_of_each_image_once(tmp_path):
     images = data.open_data(root).test
     x = torch.cat(list(data.whole(images, size=112, batch=3, device=CPU, workers=0)))
     for ours, name in zip(x, images.files):
-        theirs = F.pil_to_tensor(F.center_crop(F.resize(data.read_image(name), 128), 112))
+        theirs = F.pil_to_tensor(F.center_crop(F.resize(Image.open(name), 128), 112))
         assert (ours.int() - theirs.int()).abs().max() <= 2
     assert len(x) == 8

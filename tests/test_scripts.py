@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import benchmark
 import numpy as np
 import pytest
 import torch
@@ -17,9 +18,10 @@ from PIL import Image
 
 import linear_probe
 import moco_v2
+from common import data
 from common.model import resnet
 
-SCRIPTS = {"moco_v2.py": moco_v2, "linear_probe.py": linear_probe}
+SCRIPTS = {"moco_v2.py": moco_v2, "linear_probe.py": linear_probe, "benchmark.py": benchmark}
 TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20", "--epochs", "3", "--out", "out")
 ONE = {"OMP_NUM_THREADS": "1"}                                  # bit for bit holds at one number of threads
 
@@ -243,3 +245,12 @@ def test_help_is_quick_to_import():
     code = "import sys, moco_v2, linear_probe; print([m for m in sys.modules if m in ('matplotlib', 'scipy.optimize')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_benchmark_still_runs(tmp_path, capsys):
+    benchmark.jpegs(tmp_path, 2)
+    benchmark.input_rows(data._find(tmp_path), 1, 32)
+    benchmark.momentum_row("resnet10", torch.device("cpu"), "", 1)
+    benchmark.quick_probe_row("resnet10", 32, 600, 60, torch.device("cpu"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all(re.search(r"\d\.\d+ (times|%)", line) for line in lines)
