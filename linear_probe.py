@@ -107,7 +107,8 @@ def read_encoders(args):
     for encoder, _ in read.values():
         encoder.check_feature(args.feature)
     defaults = {"scale": dataset.scale, "size": SCALES[dataset.scale]["size"]}
-    return [(name, read[name][0], {**defaults, **read[name][1]}) for name in names], dataset
+    settings = {name: {**defaults, **read[name][1]} for name in names}
+    return [(name, read[name][0], {"normalisation": settings[name]["scale"], **settings[name]}) for name in names], dataset
 
 
 def quick(args, device):
@@ -117,7 +118,7 @@ def quick(args, device):
     train.say(f"{'kNN':>8} {'probe':>8}   top-1 in percent, of {args.feature}")
     for name, encoder, settings in encoders:
         encoder.to(device, memory_format=torch.channels_last)
-        bank, queries = (evaluate.features(encoder, images, scale=settings["scale"], size=settings["size"],
+        bank, queries = (evaluate.features(encoder, images, scale=settings["normalisation"], size=settings["size"],
                                            device=device, workers=args.workers, feature=args.feature,
                                            precision=args.precision or "fp32")
                          for images in (dataset.train, dataset.test))
@@ -249,7 +250,7 @@ def prepare(args):
         s, out = train.resolve("linear_probe", args, SCALES, PRESETS, dataset.scale, aside=aside)
         train.check(s, len(dataset.train), args.max_steps, args.workers, drop_last=False)
         s.encoder, s.feature = str(Path(name).resolve()) if Path(name).is_file() else name, args.feature
-        s.arch, s.size, s.normalisation = saved["arch"], saved["size"], saved["scale"]
+        s.arch, s.size, s.normalisation = saved["arch"], saved["size"], saved["normalisation"]
         s.encoder_fingerprint = fingerprint(encoder)            # of another one, or trained since: the run is refused
         if s.batch_size > len(dataset.train):
             s.batch_size, s.lr = len(dataset.train), s.lr * len(dataset.train) / s.batch_size

@@ -17,13 +17,15 @@ import copy
 import functools
 import math
 
+import numpy as np
 import torch
 
 from common import augment, data, ddp, evaluate, train
 from common.loss import info_nce, unit
 from common.model import HEADS, Encoder, head, load_state, resnet
 
-MOCO_V2 = dict(stack="moco_v2", head="mlp", dim=128, crop=(.2, 1.), jitter=.5, schedule="cosine", bn_group=32)
+MOCO_V2 = dict(stack="moco_v2", head="mlp", dim=128, crop=(.2, 1.), jitter=.5, schedule="cosine", bn_group=32,
+               negatives="queue", skew=4., skew_scale=.25)
 # A scale belongs to the kind of data; at each, the baseline is the paper's MoCo v2, with K, m, temperature and blur to suit
 # small images (for cifar10 those of FAIR's demo). `long` times as many epochs where the paper's run is the longer one,
 # about `looks` kNN accuracies in a run.
@@ -72,22 +74,30 @@ def parse_args(argv=None):
     add("--jitter", type=float, metavar="S", help="colour jitter (.8 S, .8 S, .8 S, .2 S), Table 2 (b)")
     add("--blur", action=train.argparse.BooleanOptionalAction, default=None)
     add("--schedule", choices=("cosine", "steps"))
+    add("--negatives", choices=NEGATIVES, help="the queue as it is; K draws by similarity, hard and semi-hard ones "
+        "more often (Fig. 5); K from the hardest tenth; K at random")
+    add("--skew", type=float, metavar="a", help="shape of the skew-normal that --negatives hard draws ranks from")
+    add("--skew-scale", type=float, metavar="w", help="its scale, as a share of the queue")
     return parser.parse_args(argv)
+
+
+NEGATIVES = ("queue", "hard", "hardest", "random")
 
 
 def check(s, n_images, args):
     """Raise SystemExit with one line if MoCo's own settings make no sense; say what is legal but odd."""
     train.check(s, n_images, args.max_steps, args.workers)
-    lo, hi = s.crop
+    train.check_augmentation(s)
     wrong = [text for bad, text in [
         (s.K < 1, f"--K {s.K}: expected 1 negative or more"),
         (not 0 <= s.m < 1, f"--m {s.m:g}: expected 0 <= m < 1"),
         (not s.temperature > 0, f"--temperature {s.temperature:g}: expected more than 0"),
-        (not 0 < lo <= hi <= 1, f"--crop {lo:g} {hi:g}: expected 0 < LO <= HI <= 1"),
-        (not 0 <= s.jitter <= 2.5, f"--jitter {s.jitter:g}: expected 0 to 2.5 (beyond, the hue turns by more than half)"),
+        (not s.skew_scale > 0, f"--skew-scale {s.skew_scale:g}: expected more than 0"),
+        (not math.isfinite(s.skew), f"--skew {s.skew:g}: expected a number"),
     ] if bad]
     if wrong:
         raise SystemExit(wrong[0])
+    rank_distribution(s.negatives, s.K, s.skew, s.skew_scale)
     if s.K > n_images - s.batch_size:
         train.say(f"note: K = {s.K} of {n_images} images: most images have their own old keys among their negatives")
     if s.bn_group == s.batch_size:
@@ -129,9 +139,95 @@ def enqueue(queue, k, step):
     queue[place[-K:]] = k[-K:].to(queue.dtype)
 
 
-def train_step(encoder_q, encoder_k, embed_q, embed_k, queue, optimizer, x1, x2, permutation, step, m, temperature):
+def rank_distribution(kind, K, skew, scale):
+    """Sec. 5, Fig. 5: F (K,) float32, the probability that a drawn negative is among the queue's r + 1 most similar keys.
+
+    `hard` is a skew-normal of shape `skew` and scale `scale` K, cut to the queue: hard and semi-hard keys often, easy ones
+    now and then. `hardest` is uniform over the most similar tenth, `random` over all; None for the whole `queue` as it
+    is. The paper gives no numbers: 4 and 1/4 are ours. Raises SystemExit if the cut leaves nothing.
+    """
+    edges = np.arange(K + 1)
+    if kind == "queue":
+        return None
+    if kind == "hard":
+        from scipy.stats import skewnorm                        # here: it takes a second to import
+        F = skewnorm.cdf(edges, skew, scale=scale * K)
+        if not F[-1] - F[0] > 1e-6:
+            raise SystemExit(f"--skew {skew:g} --skew-scale {scale:g}: leave no rank of the queue to draw; try 4 and .25")
+    else:
+        F = np.minimum(edges / (math.ceil(K / 10) if kind == "hardest" else K), 1.)
+    return torch.from_numpy(((F[1:] - F[0]) / (F[-1] - F[0])).astype(np.float32))
+
+
+def draw_ranks(F, rows, seed, step):
+    """K ranks (N, K) for each of the images `rows` (a slice) of the global batch, with replacement, distributed as F (K,)."""
+    u = np.stack([augment.generator(seed, step, 5, row).random(len(F), np.float32) for row in range(rows.start, rows.stop)])
+    return torch.searchsorted(F, torch.from_numpy(u).to(F.device), right=True).clamp_(max=len(F) - 1)
+
+
+@torch.no_grad()
+def log_counts(negatives, ranks):
+    """How often each of `negatives` (N, K) is drawn, by its rank in its row, the largest first: log counts (N, K).
+
+    Drawing with replacement only sets how often an exponential counts in Eq. (1), so the log of it, added to the similarity
+    over the temperature, is the loss of the drawn ones; -inf where a key is not drawn.
+    """
+    count = torch.zeros_like(negatives).scatter_add_(1, ranks, torch.ones_like(negatives))
+    order = negatives.argsort(1, descending=True)
+    return torch.empty_like(negatives).scatter_(1, order, count.log_())
+
+
+def images_in_queue(n, s, step):
+    """The image (K,) behind each slot of the queue before `step`, of n: the order of images is a function of the seed."""
+    owner, per_epoch = torch.full((s.K,), -1), data.steps_per_epoch(n, s.batch_size)
+    for t in range(max(0, step - math.ceil(s.K / s.batch_size)), step):
+        epoch, i = divmod(t, per_epoch)
+        order = augment.generator(s.seed, epoch, 0).permutation(n)
+        enqueue(owner, torch.from_numpy(order[i * s.batch_size:(i + 1) * s.batch_size]), t)
+    return owner
+
+
+def draw_figure5(path, encoder_q, queue, F, images, s, step, device):
+    """Like Fig. 5: a query, images from the top, the middle and the end of its queue, and how often each rank is drawn."""
+    from matplotlib.figure import Figure                        # here: it takes a while to import
+    owner = images_in_queue(len(images), s, step)
+    how = dict(size=s.size, device=device, workers=0)
+
+    def picture(i):
+        return next(data.whole(images, batch=1, rows=slice(i, i + 1), **how))[0].permute(1, 2, 0).cpu()
+    query = int(set(range(len(images))).difference(owner.tolist()).pop()) if len(images) > s.K else 0
+    one = data.Images(pixels=picture(query).permute(2, 0, 1)[None])
+    q = unit(evaluate.features(encoder_q, one, scale=s.scale, batch=1, feature="z", **how))[0]
+    similarity, order = (queue @ q).sort(descending=True)
+    middle = s.K // 2
+    shown = [r for start in (0, middle - 2, s.K - 5) for r in range(max(0, start), max(0, start) + min(5, s.K))]
+    counts = torch.bincount(draw_ranks(F, slice(0, 256), s.seed, step).flatten(), minlength=s.K).double() / 256
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    grid = figure.add_gridspec(2, 1 + len(shown), height_ratios=(1, 1.8))
+    for column, rank in enumerate([None, *shown]):
+        axis = figure.add_subplot(grid[0, column])
+        index = query if rank is None else int(owner[order[rank]])
+        if index >= 0:                                          # a slot may still hold the random vector it began with
+            axis.imshow(picture(index).numpy())
+        axis.set_title("query" if rank is None else f"rank {rank}\n{similarity[rank]:.2f}", fontsize=8)
+        axis.axis("off")
+    axis = figure.add_subplot(grid[1, :])
+    bins = np.linspace(0, s.K, min(s.K, 64) + 1).astype(int)
+    axis.bar(bins[:-1], [counts[a:b].mean().item() for a, b in zip(bins, bins[1:])], np.diff(bins), align="edge", color="#56B4E9",
+             label="drawn, mean of 256 queries")
+    axis.plot(np.arange(s.K) + .5, s.K * np.diff(F.cpu().numpy(), prepend=0), color="#D55E00", label="expected")
+    axis.set(xlabel="rank in the queue, by similarity to the query", ylabel="times drawn per query", xlim=(0, s.K))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.suptitle(f"--negatives {s.negatives}: K = {s.K} draws; above, ranks and cosines to the query", fontsize=10)
+    figure.savefig(path, dpi=100)
+
+
+def train_step(encoder_q, encoder_k, embed_q, embed_k, queue, optimizer, x1, x2, permutation, step, m, temperature,
+               ranks=None):
     """One step of MoCo; returns the loss of this process's N images. Changes encoders, optimizer and queue in place.
 
+    `ranks` (N, K), if given, are the negatives' among the queue by similarity; else all are used, each once.
     `embed_q`, `embed_k` are how the encoders are called (autocast, compiled, under DDP); the rest is the method. The
     key encoder starts equal to the query's and follows after each step: the keys equal those of the released order,
     which follows before (its first update changes nothing).
@@ -140,6 +236,8 @@ def train_step(encoder_q, encoder_k, embed_q, embed_k, queue, optimizer, x1, x2,
     k = encode_keys(embed_k, x2, permutation)                   # (W N, D)
     positive = (q * k[ddp.rows(len(k))]).sum(1)                 # (N,)
     negatives = q @ queue.T                                     # (N, K)
+    if ranks is not None:
+        negatives = negatives + temperature * log_counts(negatives, ranks)
     loss = info_nce(positive, negatives, temperature)           # Eq. (1)
     optimizer.zero_grad()
     loss.backward()
@@ -189,6 +287,8 @@ def main(argv=None):
                                       epochs=s.epochs, steps_per_epoch=steps_per_epoch)
     monitor = functools.partial(evaluate.monitor, encoder_q, dataset, scale=s.scale, size=s.size, device=device,
                                 workers=args.workers, precision=s.precision)
+    F = rank_distribution(s.negatives, s.K, s.skew, s.skew_scale)
+    rows, F = ddp.rows(s.batch_size), F if F is None else F.to(device)
     run.open(f"the paper's top-1 for this row, on ImageNet: {PRESETS[args.preset]['paper']}")
     if run.start == 0:
         run.epoch(0, knn=monitor())                             # the untrained encoder, to compare with
@@ -198,12 +298,12 @@ def main(argv=None):
                          stop=stop, device=device, workers=args.workers)
     done = run.start
     for step, x, _ in run.timed(batches):
-        x1, x2 = augmented(x, s.seed, step, s.batch_size, ddp.rows(s.batch_size))      # (N, 3, H, W) each
+        x1, x2 = augmented(x, s.seed, step, s.batch_size, rows)                 # (N, 3, H, W) each
         permutation = torch.from_numpy(augment.generator(s.seed, step, 4).permutation(s.batch_size)).to(device)
         for group in optimizer.param_groups:
             group["lr"] = lr = learning_rate(step)
         loss = train_step(encoder_q, encoder_k, embed_q, embed_k, queue, optimizer, x1, x2, permutation, step, s.m,
-                          s.temperature)
+                          s.temperature, None if F is None else draw_ranks(F, rows, s.seed, step))
         done = step + 1
         epoch, inside = divmod(done, steps_per_epoch)
         leave = run.stopping(done) or done == stop
@@ -216,6 +316,8 @@ def main(argv=None):
                 run.epoch(epoch, knn=monitor() if epoch % max(1, s.epochs // s.looks) == 0 or done == run.total else None)
             run.save(done, f=encoder_q.f.state_dict(), g=encoder_q.g.state_dict(), encoder_k=encoder_k.state_dict(),
                      queue=queue, optimizer=optimizer.state_dict())
+            if done == run.total and F is not None and not ddp.rank():
+                draw_figure5(run.out / "figure5.png", encoder_q, queue, F, dataset.train, s, done, device)
         if leave:
             break
     run.close(done, run.knn_line())

@@ -15,10 +15,13 @@ from torch import nn
 # channel means and standard deviations of images in [0, 1]
 NORMALISE = {"imagenet": ((.485, .456, .406), (.229, .224, .225)),
              "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010)),
-             "textures": ((.5, .5, .5), (.17, .17, .17))}
+             "textures": ((.5, .5, .5), (.17, .17, .17)),
+             "unit": ((0., 0., 0.), (1., 1., 1.))}              # none at all: SimCLR's images stay in [0, 1]
 # what follows the random resized crop: operation and probability, in the released order
 STACKS = {"moco_v1": (("gray", .2), ("jitter", 1.), ("flip", .5)),                   # He et al. 2020
           "moco_v2": (("jitter", .8), ("gray", .2), ("blur", .5), ("flip", .5)),     # Chen et al. 2020c; strong
+          "simclr": (("flip", .5), ("jitter", .8), ("gray", .2), ("blur", .5)),      # Chen et al. 2020a
+          "instdisc_cifar10": (("jitter", 1.), ("gray", .2)),                        # Wu et al. 2018, whose ImageNet is v1's
           "weak": (("flip", .5),),                                                   # supervised, linear probe
           "none": ()}
 GRAY = (.2989, .587, .114)                                      # ITU-R 601, as PIL and torchvision
@@ -121,13 +124,13 @@ def grayscale(x):
     return _gray(x)[:, None].expand_as(x)
 
 
-def blur(x, sigma, radius=BLUR_RADIUS):
-    """Gaussian blur with `sigma` (n,) pixels and reflected borders: two convolutions, an image's channels its own."""
+def blur(x, sigma, radius=BLUR_RADIUS, border="reflect"):
+    """Gaussian blur with `sigma` (n,) pixels, `border` as in torch's pad: two convolutions, each channel its own."""
     n, channels, height, width = x.shape
     reach = min(radius, height - 1, width - 1)
     offset = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
     kernel = torch.softmax(-.5 * (offset / sigma[:, None]) ** 2, 1).repeat_interleave(channels, 0)
-    x = F.pad(x.reshape(1, n * channels, height, width), (reach,) * 4, mode="reflect")
+    x = F.pad(x.reshape(1, n * channels, height, width), (reach,) * 4, mode=border)
     x = F.conv2d(x, kernel[:, None, None], groups=n * channels)
     return F.conv2d(x, kernel[:, None, :, None], groups=n * channels).view(n, channels, height, width)
 
@@ -142,7 +145,7 @@ class Augment(nn.Module):
     def __init__(self, stack, jitter=jitter_strength(.5), blur=True, scale="imagenet"):
         super().__init__()
         self.operations = tuple((name, p) for name, p in STACKS[stack] if blur or name != "blur")
-        self.jitter = jitter
+        self.jitter, self.simclr = jitter, stack == "simclr"    # whose blur has one sigma per batch and view, and ends in 0
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALISE[scale])
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -158,7 +161,7 @@ class Augment(nn.Module):
         width = np.array(self.jitter)                           # factors are uniform in [1 - width, 1 + width]
         factors = rng.uniform([*np.maximum(0, 1 - width[:3]), -width[3]], [*(1 + width[:3]), width[3]], (*shape, 4))
         factors[chance[0] >= p.get("jitter", 0)] = (1, 1, 1, 0)
-        sigma = rng.uniform(*BLUR_SIGMA, shape) * (chance[1] < p.get("blur", 0))
+        sigma = rng.uniform(*BLUR_SIGMA, (views, 1) if self.simclr else shape) * (chance[1] < p.get("blur", 0))
         draws = {"flip": chance[2] < p.get("flip", 0), "gray": chance[3] < p.get("gray", 0),
                  "sigma": sigma.astype(np.float32), "factors": factors.astype(np.float32),
                  "order": np.stack([rng.permutation(4) for _ in range(views)])}
@@ -180,13 +183,17 @@ class Augment(nn.Module):
             if name == "gray":
                 x[index] = grayscale(x[index])
             elif name == "blur":
-                x[index] = blur(x[index], draw["sigma"][chosen].to(x.device))
+                how = (x.shape[3] // 20, "constant") if self.simclr else ()         # 23 taps at 224 pixels
+                x[index] = blur(x[index], draw["sigma"][chosen].to(x.device), *how)
             elif name == "flip":
                 x[index] = x[index].flip(3)
         return x.sub_(self.mean).div_(self.std).to(memory_format=torch.channels_last)
 
     def forward(self, x, seed, step, batch, rows=slice(None)):
-        draws = self.draw(len(x), batch, seed, step)
+        return self.apply(x, self.draw(len(x), batch, seed, step), rows)
+
+    def apply(self, x, draws, rows=slice(None)):
+        """The views of x under the parameters that `rows` (a slice or indices) of a global batch have in `draws`."""
         # on a CPU a few images at a time, which its cache can hold: nearly twice as fast
         part = len(x[0]) if x.is_cuda else max(1, CACHED // x[0, 0].numel())
         return [torch.cat([self.apply_draws(images, {name: t[v] if name == "order" else t[v, rows][i * part:(i + 1) * part]

@@ -23,6 +23,7 @@ from common import augment, ddp, textures
 
 EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
 SMALL = 64                                                      # pixels: up to this side, images are kept in memory
+PIECE = 256                                                     # images that a worker makes, or memory gives, at once
 BROKEN = .01                                                    # share of unreadable images that stops a run
 
 
@@ -263,16 +264,22 @@ def views(images, n_views, *, size, area, batch, seed, start, stop, device, work
             index = torch.tensor([i for i, _ in keys])
             u = np.stack([u for _, u in keys], 1).reshape(n_views * len(keys), 22)
             boxes = torch.from_numpy(augment.crop_boxes(*pixels.shape[2:], u, area))
-            chosen = pixels[index.to(device)].repeat(n_views, 1, 1, 1)
-            yield step, augment.crop_resize(chosen, boxes, size).view(n_views, len(keys), 3, size, size), index
+            x = torch.empty(n_views * len(keys), 3, size, size, dtype=torch.uint8, device=device)
+            chosen = index.to(device).repeat(n_views)
+            for part, i, box in zip(x.split(8 * PIECE), chosen.split(8 * PIECE), boxes.split(8 * PIECE)):
+                part.copy_(augment.crop_resize(pixels[i], box, size))
+            yield step, x.view(n_views, len(keys), 3, size, size), index
         return
-    crops = _Files(images.files, functools.partial(_crops, size=size, area=area))
-    loader = DataLoader(crops, batch_sampler=steps, num_workers=workers, pin_memory=device.type == "cuda",
-                        generator=torch.Generator(), prefetch_factor=4 if workers else None)
-    broken = {}
-    for step, keys, (index, x) in zip(range(start, stop), steps, loader):
+    crops, broken = _Files(images.files, functools.partial(_crops, size=size, area=area)), {}
+    # a batch in pieces: of a large one every worker makes some
+    pieces = (keys[i:i + PIECE] for keys in steps for i in range(0, len(keys), PIECE))
+    loader = iter(DataLoader(crops, batch_sampler=pieces, num_workers=workers, pin_memory=device.type == "cuda",
+                             generator=torch.Generator(), prefetch_factor=4 if workers else None))
+    for step, keys in zip(range(start, stop), steps):
+        read, x = zip(*(next(loader) for _ in range(0, len(keys), PIECE)))
+        index = torch.cat(read)
         _count_broken(broken, [i for i, _ in keys], index.tolist(), images.files)
-        yield step, x.to(device, non_blocking=True).transpose(0, 1), index
+        yield step, torch.cat([part.to(device, non_blocking=True) for part in x]).transpose(0, 1), index
 
 
 def whole(images, *, size, batch, device, workers, rows=None):

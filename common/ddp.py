@@ -88,12 +88,32 @@ def all_gather_with_grad(x):
     return x if world() == 1 else _Gather.apply(x)
 
 
-def mean(x):
-    """Mean over processes of a tensor, without gradient."""
+def total(x):
+    """Sum over processes of a tensor, without gradient."""
     x = x.detach().clone()
     if world() > 1:
         dist.all_reduce(x)
-    return x / world()
+    return x
+
+
+def mean(x):
+    """Mean over processes of a tensor, without gradient."""
+    return total(x) / world()
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return mean(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return mean(grad)
+
+
+def mean_with_grad(x):
+    """Like `mean`, with the gradient of the sum of what the processes make of it, as in `all_gather_with_grad`."""
+    return x if world() == 1 else _Mean.apply(x)
 
 
 def any_process(flag, device):

@@ -49,13 +49,14 @@ def check_arch(arch):
     return name, name != arch
 
 
-def resnet(arch, bn_group=None):
+def resnet(arch, bn_group=None, norm=None):
     """The encoder f: images (N, 3, H, W) -> h (N, width), pooled, width 512 or 2048 (Sec. 2).
 
-    Initialised as torchvision does, from torch's global generator. Raises SystemExit for an unknown `arch`.
+    Batch normalisation over groups of `bn_group` images, or by the class `norm` that is given in its place. Initialised
+    as torchvision does, from torch's global generator. Raises SystemExit for an unknown `arch`.
     """
     name, small = check_arch(arch)
-    norm = functools.partial(GroupBatchNorm2d, group=bn_group)
+    norm = norm or functools.partial(GroupBatchNorm2d, group=bn_group)
     if name == "resnet10":
         f = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm)
     else:
@@ -67,12 +68,13 @@ def resnet(arch, bn_group=None):
     return f
 
 
-def head(kind, width, dim=128):
+def head(kind, width, dim=128, norm=nn.BatchNorm1d):
     """The projection head g: h (N, width) -> z (N, dim). Table 1; each row keeps the last layer, which maps to dim.
 
     `mlp` fc-ReLU-fc; (a) `none` fc, the released code without its MLP; (b) `fixed` the MLP, its hidden layer frozen as
     initialised, uniform in +-1/sqrt(width); (c) `deep` fc-ReLU-fc-ReLU-fc; (d) `narrow` a hidden layer of width/16
     (2048 -> 128). `identity` compares h itself. The paper's g is what stands before the last layer; see the README.
+    SimCLR's `simclr2` and `simclr3` have two and three layers without bias, each with batch normalisation by `norm`.
     """
     relu, last = functools.partial(nn.ReLU, inplace=True), nn.Linear(width, dim)
     if kind == "identity":
@@ -87,6 +89,11 @@ def head(kind, width, dim=128):
         return nn.Sequential(nn.Linear(width, width), relu(), nn.Linear(width, width), relu(), last)
     if kind == "narrow":
         return nn.Sequential(nn.Linear(width, width // 16), relu(), nn.Linear(width // 16, dim))
+    if kind in ("simclr2", "simclr3"):
+        hidden = [m for _ in range(int(kind[-1]) - 1) for m in (nn.Linear(width, width, bias=False), norm(width), relu())]
+        g = nn.Sequential(*hidden, nn.Linear(width, dim, bias=False), norm(dim))
+        g[-1].bias.requires_grad_(False)                        # the last has a scale and no shift
+        return g
     raise SystemExit(f"--head {kind}: unknown; known are {', '.join(HEADS)}")
 
 
@@ -102,7 +109,7 @@ class Encoder(nn.Module):
 
     def check_feature(self, feature):
         """Raises SystemExit for `hidden` where g has no hidden layer."""
-        if feature == "hidden" and not (isinstance(self.g, nn.Sequential) and len(self.g) > 2):
+        if feature == "hidden" and not any(isinstance(m, nn.ReLU) for m in self.g.modules()):
             raise SystemExit("--feature hidden: the head of this encoder has no hidden layer")
 
     def width(self, feature="h"):
@@ -110,13 +117,15 @@ class Encoder(nn.Module):
         self.check_feature(feature)
         if feature == "h" or isinstance(self.g, nn.Identity):
             return self.f.width
-        return self.g[0 if feature == "hidden" else -1].out_features
+        return [m for m in self.g if isinstance(m, nn.Linear)][0 if feature == "hidden" else -1].out_features
 
     def embed(self, x, feature="h"):
         """`h` = f(x) (N, width), `hidden` the activation after g's first ReLU, which Fig. 2 (d) calls z, or `z`."""
         self.check_feature(feature)
         h = self.f(x)
-        return h if feature == "h" else self.g[:2](h) if feature == "hidden" else self.g(h)
+        if feature != "hidden":
+            return h if feature == "h" else self.g(h)
+        return self.g[:next(i for i, m in enumerate(self.g, 1) if isinstance(m, nn.ReLU))](h)
 
 
 def load_state(module, state, what):

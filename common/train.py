@@ -28,9 +28,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def add_flags(parser, presets):
-    """The data argument and the flags that all training scripts share. What is not given comes from preset or scale."""
-    add = parser.add_argument
+def add_flags(parser, presets, without=()):
+    """The data argument and the flags that training scripts share. What is not given comes from preset or scale."""
+    def add(name, **how):
+        if name not in without:
+            parser.add_argument(name, **how)
     add("data", nargs="?", metavar="DATA", help="a folder of images; without it, the embedded textures")
     add("--preset", default=next(iter(presets)), choices=presets, metavar="ROW",
         help=f"a row of the paper's tables: {', '.join(presets)}")
@@ -41,7 +43,7 @@ def add_flags(parser, presets):
     add("--epochs", type=int, metavar="n")
     add("--max-steps", type=int, metavar="n", help="stop after this step of the run; the schedule stays as it is")
     add("--batch-size", type=int, metavar="n", help="images of all processes together")
-    add("--lr", type=float, help="learning rate of this batch (default: the scale's, times batch / its batch)")
+    add("--lr", type=float, help="learning rate of this batch (default: the scale's, scaled with the batch)")
     add("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up")
     add("--arch", metavar="NAME", help=f"{', '.join(model.ARCHS)}; -3x3 behind it for small images")
     add("--bn-group", type=int, metavar="n", help="images that share batch statistics (the paper's 32)")
@@ -68,9 +70,10 @@ def resolve(script, args, scales, presets, scale, named=(), aside=()):
     base_lr, base_batch = settings["lr"], settings["batch_size"]
     settings |= flags
     if "lr" not in flags and settings["batch_size"] != base_batch:
-        settings["lr"] = base_lr * settings["batch_size"] / base_batch
-        say(f"note: learning rate {settings['lr']:g} = {base_lr:g} x {settings['batch_size']} / {base_batch}, "
-            "the linear rule")
+        rule = settings.get("scaling", "linear")
+        factor = settings["batch_size"] / base_batch
+        settings["lr"] = base_lr * (factor if rule == "linear" else math.sqrt(factor))
+        say(f"note: learning rate {settings['lr']:g} from {base_lr:g} at batch {base_batch}, by the {rule} rule")
     settings["precision"] = args.precision or ("bf16" if _good_at_bf16() else "fp32")
     settings["data"] = args.data and str(Path(args.data).expanduser().resolve())
     name = [f"{flag}{getattr(args, flag)}" for flag in (*named, "seed") if getattr(args, flag) is not None]
@@ -89,9 +92,10 @@ def check(s, n_images, max_steps=None, workers=0, drop_last=True):
 
     With `drop_last`, also if a batch cannot be made of `n_images` images, processes and groups.
     """
-    world, unit = ddp.world(), s.bn_group * ddp.world()
+    world, bn_group = ddp.world(), getattr(s, "bn_group", 1)
+    unit = bn_group * world
     for name in ("epochs", "batch_size", "bn_group"):
-        if getattr(s, name) < 1:
+        if getattr(s, name, 1) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(s, name)}: expected 1 or more")
     if max_steps is not None and max_steps < 1 or workers < 0:
         raise SystemExit(f"--max-steps {max_steps} --workers {workers}: expected 1 or more steps, 0 or more workers")
@@ -101,11 +105,20 @@ def check(s, n_images, max_steps=None, workers=0, drop_last=True):
     if drop_last and (s.batch_size > n_images or s.batch_size % unit):
         most = min(s.batch_size, n_images)
         why = (f"larger than the data set of {n_images} images" if s.batch_size > n_images else
-               f"does not divide into {world} processes with groups of {s.bn_group} images")
-        group = s.bn_group if most >= 2 * unit else max(1, most // (2 * world))     # two groups, or shuffling does nothing
-        flag = "" if group == s.bn_group else f"--bn-group {group} "
+               f"does not divide into {world} processes with groups of {bn_group} images")
+        group = bn_group if most >= 2 * unit else max(1, most // (2 * world))     # two groups, or shuffling does nothing
+        flag = "" if group == bn_group else f"--bn-group {group} "
         raise SystemExit(f"--batch-size {s.batch_size}: {why}; {flag}--batch-size "
                          f"{max(1, most // (group * world)) * group * world} would fit")
+
+
+def check_augmentation(s):
+    """Raise SystemExit with one line if the crops' area or the jitter's strength in `s` make no sense."""
+    lo, hi = s.crop
+    if not 0 < lo <= hi <= 1:
+        raise SystemExit(f"--crop {lo:g} {hi:g}: expected 0 < LO <= HI <= 1")
+    if not 0 <= getattr(s, "jitter", 0) <= 2.5:
+        raise SystemExit(f"--jitter {s.jitter:g}: expected 0 to 2.5 (beyond, the hue turns by more than half)")
 
 
 def say(text):
@@ -324,8 +337,8 @@ def _short(value):
 
 def describe(facts):
     """The usual words for what a line tells."""
-    words = {"epoch": "epoch {:.1f}", "loss": "loss {:.3f}", "ratio": "({:.2f} of ln(K+1))", "queue": "queue {:.0%}",
-             "lr": "lr {:.4f}", "knn": "kNN {:.2f} %", "top1": "top-1 {:.2f} %",
+    words = {"epoch": "epoch {:.1f}", "loss": "loss {:.3f}", "ratio": "({:.2f} of chance)", "queue": "queue {:.0%}",
+             "lr": "lr {:.4f}", "knn": "kNN {:.2f} %", "bank": "bank kNN {:.2f} %", "top1": "top-1 {:.2f} %",
              "top5": "top-5 {:.2f} %", "images_per_s": "{:.0f} images/s", "waiting": "waiting {:.1%}"}
     return "  ".join(words[k].format(v) for k, v in facts.items() if k in words and v is not None)
 

@@ -45,6 +45,11 @@ def spawn(function, *args, world=2):
     mp.start_processes(_enter, (world, port, function, args), nprocs=world, start_method="spawn")
 
 
+def close(a, b, most):
+    """Whether a differs from b by at most `most` of b's length."""
+    return ((a - b).norm() <= most * b.norm()).item()
+
+
 def photo(rng, height, width):
     """An image with edges and gradients, (height, width, 3) uint8."""
     y, x = np.mgrid[:height, :width]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import spawn
+from conftest import close, spawn
 
 import moco_v2
 from common import ddp, train
@@ -78,10 +78,6 @@ class Released:
             self.queue[:, self.pointer] = key
             self.pointer = (self.pointer + 1) % self.queue.shape[1]
         return loss.detach(), gradients, k
-
-
-def close(a, b, most):
-    return ((a - b).norm() <= most * b.norm()).item()
 
 
 def test_five_steps_equal_the_released_algorithm():

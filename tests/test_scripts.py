@@ -16,12 +16,15 @@ import torchvision
 from conftest import ROOT, photo, run, write_folder
 from PIL import Image
 
+import instdisc
 import linear_probe
 import moco_v2
+import simclr
 from common import data
 from common.model import resnet
 
-SCRIPTS = {"moco_v2.py": moco_v2, "linear_probe.py": linear_probe, "benchmark.py": benchmark}
+SCRIPTS = {"moco_v2.py": moco_v2, "simclr.py": simclr, "instdisc.py": instdisc,
+           "linear_probe.py": linear_probe, "benchmark.py": benchmark}
 TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20", "--epochs", "3", "--out", "out")
 ONE = {"OMP_NUM_THREADS": "1"}                                  # bit for bit holds at one number of threads
 
@@ -141,6 +144,70 @@ def test_torchrun_with_two_processes_ends_like_one(folders, tmp_path):
         for key, tensor in one[name].items():
             assert (two[name][key] - tensor).float().norm() <= 3e-2 * tensor.float().norm(), (name, key)
     assert (two["queue"] - one["queue"]).norm() <= 3e-2 * one["queue"].norm()
+
+
+BRIEF = ("--arch", "resnet10", "--batch-size", "8", "--epochs", "3")
+OTHERS = {"simclr": (simclr, *BRIEF), "chunk": (simclr, *BRIEF, "--chunk", "4"),
+          "instdisc": (instdisc, *BRIEF, "--bn-group", "4", "--K", "20"),
+          "hard": (moco_v2, *BRIEF, "--bn-group", "4", "--K", "20", "--negatives", "hard")}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_methods_go_on_where_they_stopped_and_are_probed(folders, tmp_path, inside, kind):
+    script, *argv = OTHERS[kind]
+    inside(script, folders[0], *argv, "--out", "whole", cwd=tmp_path)
+    assert "stopped at step 7 of 15" in inside(script, folders[0], *argv, "--out", "out", "--max-steps", "7", cwd=tmp_path)
+    end = inside(script, folders[0], *argv, "--out", "out", cwd=tmp_path)
+    assert "going on in out at step 7" in end and "kNN of h" in end.splitlines()[-1]
+    a, b = load(tmp_path / "whole/checkpoint.pt"), load(tmp_path / "out/checkpoint.pt")
+    assert same(a, b)
+    assert "finished already" in inside(script, folders[0], *argv, "--out", "out", cwd=tmp_path)
+    assert "top-1" in inside(linear_probe, "--quick", "--encoder", "out/checkpoint.pt", cwd=tmp_path)
+    if kind == "instdisc":
+        assert {"bank", "knn"} <= events(tmp_path / "out")[1].keys()
+        assert a["memory"].shape == (44, 128) and a["Z"] > 0
+    if kind == "hard":
+        with Image.open(tmp_path / "out/figure5.png") as picture:
+            assert picture.size[0] > 1000 and len(np.unique(np.asarray(picture))) > 50
+
+
+@pytest.mark.parametrize("kind", ["chunk", "instdisc"])
+def test_other_methods_under_torchrun_end_like_one_process(folders, tmp_path, inside, kind):
+    script, *argv = OTHERS[kind]
+    argv = [folders[0], *argv, "--precision", "fp32", "--lr", ".01", "--max-steps", "3"]
+    inside(script, *argv, "--out", "one", cwd=tmp_path)
+    run(f"{script.__name__}.py", *argv, "--out", "two", cwd=tmp_path, torchrun=2, **ONE)
+    one, two = load(tmp_path / "one/checkpoint.pt"), load(tmp_path / "two/checkpoint.pt")
+    for key, tensor in one["f"].items():
+        assert (two["f"][key] - tensor).float().norm() <= 1e-2 * tensor.float().norm(), key
+
+
+def test_bad_input_of_other_methods_gets_one_line(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    inst, tiny = [folders[0], *OTHERS["instdisc"][1:]], [folders[0], *BRIEF]
+    instdisc.main([*map(str, inst), "--max-steps", "1", "--out", "bank"])
+    saved = load(tmp_path / "bank/checkpoint.pt")
+    saved["memory"] = saved["memory"][:7]
+    torch.save(saved, tmp_path / "bank/checkpoint.pt")
+    capsys.readouterr()
+    for script, argv, line in [
+            (instdisc, [*inst, "--K", "0"], "--K 0: expected 1"),
+            (instdisc, [*inst, "--bank-momentum", "1"], "--bank-momentum 1"),
+            (instdisc, [*inst, "--out", "bank"], "bank has 7 images, this data set 44"),
+            (instdisc, [*inst, "--proximal", "-1"], "--proximal -1"),
+            (instdisc, [*inst, "--loss", "mse"], "invalid choice: 'mse'"),
+            (simclr, [*tiny, "--batch-size", "1"], "--batch-size 1: expected 2"),
+            (simclr, [*tiny, "--chunk", "1"], "--chunk 1:"),
+            (simclr, [*tiny, "--temperature", "0"], "--temperature 0"), (simclr, [*tiny, "--bn-group", "4"], "unrecognized"),
+            (simclr, [folders[0]], "larger than the data set of 44 images; --batch-size 44 would fit"),
+            (moco_v2, [folders[0], *TINY, "--negatives", "hard", "--skew", "-1e9"], "leave no rank"),
+            (moco_v2, [folders[0], *TINY, "--negatives", "hard", "--skew-scale", "0"], "--skew-scale 0: expected")]:
+        with pytest.raises(SystemExit) as error:
+            script.main(list(map(str, argv)))
+        message = str(error.value) if error.value.code not in (0, 2) else capsys.readouterr().err
+        assert error.value.code not in (0, None) and line in message and len(message.strip().splitlines()) == 1, message
+    simclr.main([*map(str, tiny), "--chunk", "3", "--max-steps", "1"])
+    assert "3 does not divide the batch of 8: 3 chunks" in capsys.readouterr().out
 
 
 def test_images_without_labels_are_trained_on_and_not_probed(tmp_path, inside):
