@@ -213,7 +213,8 @@ def draw_figure5(path, encoder_q, queue, F, images, s, step, device):
         axis.axis("off")
     axis = figure.add_subplot(grid[1, :])
     bins = np.linspace(0, s.K, min(s.K, 64) + 1).astype(int)
-    axis.bar(bins[:-1], [counts[a:b].mean().item() for a, b in zip(bins, bins[1:])], np.diff(bins), align="edge", color="#56B4E9",
+    heights = [counts[a:b].mean().item() for a, b in zip(bins, bins[1:])]
+    axis.bar(bins[:-1], heights, np.diff(bins), align="edge", color="#56B4E9",
              label="drawn, mean of 256 queries")
     axis.plot(np.arange(s.K) + .5, s.K * np.diff(F.cpu().numpy(), prepend=0), color="#D55E00", label="expected")
     axis.set(xlabel="rank in the queue, by similarity to the query", ylabel="times drawn per query", xlim=(0, s.K))

@@ -174,12 +174,12 @@ def test_other_methods_go_on_where_they_stopped_and_are_probed(folders, tmp_path
 @pytest.mark.parametrize("kind", ["chunk", "instdisc"])
 def test_other_methods_under_torchrun_end_like_one_process(folders, tmp_path, inside, kind):
     script, *argv = OTHERS[kind]
-    argv = [folders[0], *argv, "--precision", "fp32", "--lr", ".01", "--max-steps", "3"]
+    argv = [folders[0], *argv, "--precision", "fp32", "--lr", ".001", "--max-steps", "2"]
     inside(script, *argv, "--out", "one", cwd=tmp_path)
     run(f"{script.__name__}.py", *argv, "--out", "two", cwd=tmp_path, torchrun=2, **ONE)
     one, two = load(tmp_path / "one/checkpoint.pt"), load(tmp_path / "two/checkpoint.pt")
     for key, tensor in one["f"].items():
-        assert (two["f"][key] - tensor).float().norm() <= 1e-2 * tensor.float().norm(), key
+        assert (two["f"][key] - tensor).float().norm() <= 2e-3 * tensor.float().norm(), key
 
 
 def test_bad_input_of_other_methods_gets_one_line(folders, tmp_path, monkeypatch, capsys):
