@@ -38,11 +38,11 @@ def parse_args(argv=None):
     add("--no-head", metavar="FILE", help="trained without MLP head (default: runs/moco_v2-SCALE-table1a/checkpoint.pt)")
     add("--head", metavar="FILE", help="trained with it (default: runs/moco_v2-SCALE-table1/checkpoint.pt)")
     add("--images", nargs="+", metavar="FILE", help="image files in place of four of DATA's")
-    add("--iterations", type=int, default=3100, metavar="n", help="of Adam (the released notebook's 3100)")
+    add("--iterations", type=int, metavar="n", help="of Adam (default: the released notebook's 3100; 1000 for small images)")
     add("--seed", type=int, default=0, metavar="n")
     add("--out", default="runs/dip_inversion", metavar="DIR")
     args = parser.parse_args(argv)
-    if args.iterations < 1 or args.seed < 0:
+    if args.iterations is not None and args.iterations < 1 or args.seed < 0:
         parser.error(f"--iterations {args.iterations} --seed {args.seed}: expected 1 or more, 0 or more")
     return args
 
@@ -268,6 +268,7 @@ def main(argv=None):
     columns = [Column(encoder, feature, s.get("normalisation", s["scale"])).to(device)
                for encoder, feature, s in ((without, "h", a), (with_head, "h", b), (with_head, "hidden", b))]
     names, images = read_images(args, dataset, a["size"], device)
+    args.iterations = args.iterations or (1000 if a["size"] <= data.SMALL else 3100)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     began = shown = drawn = time.time()

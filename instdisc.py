@@ -184,7 +184,7 @@ def main(argv=None):
         return {"knn": evaluate.monitor(encoder, dataset, **how),
                 "bank": evaluate.knn(memory, dataset.train.labels, z, dataset.test.labels, temperature=s.temperature)}
 
-    run.open(f"the paper's top-1, on ImageNet: {PRESETS[args.preset]['paper']}")
+    run.open(train.paper_says(PRESETS[args.preset]))
     if run.start == 0:
         run.epoch(0, **monitor())                               # the untrained encoder, to compare with
 

@@ -43,15 +43,15 @@ SUPERVISED = {
 }
 STRONG = dict(stack="moco_v2", crop=(.2, 1.), blur=True)        # Table 2: the MoCo v2 stack, one view, one operation varied
 PRESETS = {  # what differs from the scale, and the paper's ImageNet top-1 in percent; all but the first want --train all
-    "probe": dict(paper="says moco_v2.py for the row that the encoder was trained with"),
-    "supervised": dict(paper="is none; torchvision's ResNet-50 of this recipe has 76.1"),
-    "table2a-baseline": dict(STRONG, paper="is 75.5"),
-    "table2a-medium": dict(STRONG, crop=(.2, .5), paper="is 74.8"),
-    "table2a-extreme": dict(STRONG, crop=(.02, .1), paper="is 52.0"),
-    "table2b-eighth": dict(STRONG, jitter=1 / 8, paper="is 75.8"),
-    "table2b-quarter": dict(STRONG, jitter=1 / 4, paper="is 75.7"),
-    "table2b-half": dict(STRONG, jitter=1 / 2, paper="is 75.6"),
-    "table2b-full": dict(STRONG, jitter=1., paper="is 74.6"),
+    "probe": dict(paper="see the row that the encoder was trained with"),
+    "supervised": dict(paper="none; torchvision's ResNet-50 of this recipe has 76.1"),
+    "table2a-baseline": dict(STRONG, paper=75.5),
+    "table2a-medium": dict(STRONG, crop=(.2, .5), paper=74.8),
+    "table2a-extreme": dict(STRONG, crop=(.02, .1), paper=52.0),
+    "table2b-eighth": dict(STRONG, jitter=1 / 8, paper=75.8),
+    "table2b-quarter": dict(STRONG, jitter=1 / 4, paper=75.7),
+    "table2b-half": dict(STRONG, jitter=1 / 2, paper=75.6),
+    "table2b-full": dict(STRONG, jitter=1., paper=74.6),
 }
 FEW = 20                                                        # classes of which a confusion matrix is legible
 
@@ -281,7 +281,7 @@ def main(argv=None):
     augmented = augment.Augment(s.stack, augment.jitter_strength(s.jitter), s.blur, s.normalisation).to(device)
     learning_rate = functools.partial(train.learning_rate, lr=s.lr, schedule="steps", drops=s.drops, warmup=s.warmup,
                                       epochs=s.epochs, steps_per_epoch=steps_per_epoch)
-    lines = [f"the paper's top-1 for this row, on ImageNet, {PRESETS[args.preset]['paper']}"]
+    lines = [train.paper_says(PRESETS[args.preset])]
     if frozen:
         few = evaluate.features(model, evaluate.thin(dataset.test, 256), scale=s.normalisation, size=s.size, device=device,
                                 workers=args.workers, precision=s.precision)

@@ -37,24 +37,24 @@ SCALES = {
     "textures": dict(MOCO_V2, arch="resnet10", size=32, epochs=9, long=1, batch_size=64, lr=.03, warmup=150,
                      weight_decay=5e-4, K=1024, m=.99, temperature=.2, blur=False, looks=4),
 }
-PRESETS = {  # a row of a table: what differs from the baseline, and the paper's ImageNet top-1 in percent
-    "table1": dict(paper="64.4"),
-    "table1a": dict(head="none", paper="59.2"),                 # without projection head
-    "table1b": dict(head="fixed", paper="62.9"),                # random and frozen
-    "table1c": dict(head="deep", paper="63.9"),                 # fc-ReLU-fc-ReLU
-    "table1d": dict(head="narrow", paper="62.2"),               # 2048 -> 128
-    "table2a-baseline": dict(crop=(.2, 1.), paper="64.4"),      # share of the image's area
-    "table2a-medium": dict(crop=(.2, .5), paper="63.7"),
-    "table2a-extreme": dict(crop=(.02, .1), paper="47.1"),
-    "table2b-eighth": dict(jitter=1 / 8, paper="63.1"),         # in units of SimCLR's strength, of which MoCo v2 has half
-    "table2b-quarter": dict(jitter=1 / 4, paper="63.9"),
-    "table2b-half": dict(jitter=1 / 2, paper="64.2"),
-    "table2b-full": dict(jitter=1., paper="64.3"),
-    "table3": dict(long=True, paper="67.3 at K = 512, 67.5 at 65536"),
-    "table3a": dict(head="none", long=True, paper="61.7 at K = 512, 63.6 at 65536"),
-    "table3b": dict(blur=False, long=True, paper="65.5 at K = 512, 66.4 at 65536"),
-    "table3c": dict(schedule="steps", long=True, paper="67.2 at K = 512, 67.3 at 65536"),
-    "table3d": dict(m=.5, long=True, paper="59.8 at K = 512, 64.5 at 65536"),
+PRESETS = {  # a row of a table: what differs from the baseline, and the paper's ImageNet top-1 in percent (K = 512, 65536)
+    "table1": dict(paper=64.4),
+    "table1a": dict(head="none", paper=59.2),                 # without projection head
+    "table1b": dict(head="fixed", paper=62.9),                # random and frozen
+    "table1c": dict(head="deep", paper=63.9),                 # fc-ReLU-fc-ReLU
+    "table1d": dict(head="narrow", paper=62.2),               # 2048 -> 128
+    "table2a-baseline": dict(crop=(.2, 1.), paper=64.4),      # share of the image's area
+    "table2a-medium": dict(crop=(.2, .5), paper=63.7),
+    "table2a-extreme": dict(crop=(.02, .1), paper=47.1),
+    "table2b-eighth": dict(jitter=1 / 8, paper=63.1),         # in units of SimCLR's strength, of which MoCo v2 has half
+    "table2b-quarter": dict(jitter=1 / 4, paper=63.9),
+    "table2b-half": dict(jitter=1 / 2, paper=64.2),
+    "table2b-full": dict(jitter=1., paper=64.3),
+    "table3": dict(long=True, paper=(67.3, 67.5)),
+    "table3a": dict(head="none", long=True, paper=(61.7, 63.6)),
+    "table3b": dict(blur=False, long=True, paper=(65.5, 66.4)),
+    "table3c": dict(schedule="steps", long=True, paper=(67.2, 67.3)),
+    "table3d": dict(m=.5, long=True, paper=(59.8, 64.5)),
     "moco-v1": dict(stack="moco_v1", head="none", temperature=.07, schedule="steps", long=True, paper="a curve of Fig. 4"),
     "section7": dict(m=0., long=True, paper="cannot converge"),  # no momentum encoder: the key encoder is the query's
     "fair-cifar10": dict(head="none", crop=(.08, 1.), batch_size=512, lr=.06, bn_group=64,
@@ -290,7 +290,7 @@ def main(argv=None):
                                 workers=args.workers, precision=s.precision)
     F = rank_distribution(s.negatives, s.K, s.skew, s.skew_scale)
     rows, F = ddp.rows(s.batch_size), F if F is None else F.to(device)
-    run.open(f"the paper's top-1 for this row, on ImageNet: {PRESETS[args.preset]['paper']}")
+    run.open(train.paper_says(PRESETS[args.preset]))
     if run.start == 0:
         run.epoch(0, knn=monitor())                             # the untrained encoder, to compare with
 

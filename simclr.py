@@ -253,7 +253,7 @@ def main(argv=None):
     augmented = augment.Augment(s.stack, augment.jitter_strength(s.jitter), s.blur, s.normalisation).to(device)
     monitor = functools.partial(evaluate.monitor, encoder, dataset, scale=s.normalisation, size=s.size, device=device,
                                 workers=args.workers, precision=s.precision)
-    run.open(f"K = 2 (N - 1) = {K} negatives", f"the paper's top-1, on ImageNet: {PRESETS[args.preset]['paper']}")
+    run.open(f"K = 2 (N - 1) = {K} negatives", train.paper_says(PRESETS[args.preset]))
     if run.start == 0:
         run.epoch(0, knn=monitor())                             # the untrained encoder, to compare with
 

@@ -81,6 +81,13 @@ def resolve(script, args, scales, presets, scale, named=(), aside=()):
     return SimpleNamespace(**settings), out
 
 
+def paper_says(row):
+    """A line with the paper's number for a row of PRESETS."""
+    value = row["paper"]
+    value = f"{value[0]} at K = 512, {value[1]} at 65536" if isinstance(value, tuple) else value
+    return f"the paper's top-1 for this row, on ImageNet: {value}"
+
+
 def _good_at_bf16():
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()

@@ -16,15 +16,19 @@ import torchvision
 from conftest import ROOT, photo, run, write_folder
 from PIL import Image
 
+import dip_inversion
 import instdisc
 import linear_probe
 import moco_v2
 import simclr
+import tsne_aug
 from common import data
 from common.model import resnet
+from results import reproduce
 
 SCRIPTS = {"moco_v2.py": moco_v2, "simclr.py": simclr, "instdisc.py": instdisc,
-           "linear_probe.py": linear_probe, "benchmark.py": benchmark}
+           "linear_probe.py": linear_probe, "dip_inversion.py": dip_inversion, "tsne_aug.py": tsne_aug,
+           "benchmark.py": benchmark, "reproduce.py": reproduce}
 TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20", "--epochs", "3", "--out", "out")
 ONE = {"OMP_NUM_THREADS": "1"}                                  # bit for bit holds at one number of threads
 
@@ -309,7 +313,8 @@ def test_every_command_of_the_readme_parses_with_its_script():
 
 def test_help_is_quick_to_import():
     """pyplot and scipy.stats take seconds; they are imported where they are used."""
-    code = "import sys, moco_v2, linear_probe; print([m for m in sys.modules if m in ('matplotlib', 'scipy.optimize')])"
+    code = ("import sys, moco_v2, simclr, instdisc, linear_probe, dip_inversion, tsne_aug\n"
+            "print([m for m in sys.modules if m in ('matplotlib', 'scipy.stats')])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
