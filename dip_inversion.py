@@ -300,7 +300,9 @@ def main(argv=None):
         print(f"{name}: " + "  ".join(f"{key} {mean:.3f} ± {sd:.3f}" for key, (mean, sd) in values.items()))
     (out / "figure2.json").write_text(json.dumps(
         {"columns": COLUMNS, "images": names, "panels": found, "mean_and_sd": summary, "iterations": args.iterations,
-         "seed": args.seed, "encoders": [a, b], "minutes": (time.time() - began) / 60, **train.machine(device)}, indent=1))
+         "seed": args.seed,
+         "encoders": [{k: v for k, v in e.items() if k != "data"} for e in (a, b)],
+         "minutes": (time.time() - began) / 60, **train.machine(device)}, indent=1))
     print(f"figure2.png and figure2.json in {out}")
 
 

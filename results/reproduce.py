@@ -144,8 +144,10 @@ def execute(name, script, flags, scale, path):
     protocol = "supervised" if script == "linear_probe" else "quick probe" if PROBE[scale] else "linear probe"
     kept.parent.mkdir(parents=True, exist_ok=True)
     text = {"name": name, "top1": found["top1"], "protocol": protocol, "knn": found.get("knn"),
-            "minutes": round((time.time() - began) / 60, 2), "commands": [shlex.join(words) for words in todo],
-            **{k: start[k] for k in ("settings", "device", "processes", "threads", "torch", "python", "commit")}}
+            "minutes": round((time.time() - began) / 60, 2),
+            "commands": [shlex.join(words) for words in commands(name, script, flags, scale, PLACEHOLDER[scale])],
+            "settings": {k: v for k, v in start["settings"].items() if k != "data"},
+            **{k: start[k] for k in ("device", "processes", "threads", "torch", "python", "commit")}}
     kept.with_suffix(".tmp").write_text(json.dumps(text, indent=1) + "\n")
     os.replace(kept.with_suffix(".tmp"), kept)
     return None

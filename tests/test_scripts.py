@@ -204,7 +204,7 @@ def test_bad_input_of_other_methods_gets_one_line(folders, tmp_path, monkeypatch
             (simclr, [*tiny, "--chunk", "1"], "--chunk 1:"),
             (simclr, [*tiny, "--temperature", "0"], "--temperature 0"), (simclr, [*tiny, "--bn-group", "4"], "unrecognized"),
             (simclr, [folders[0]], "larger than the data set of 44 images; --batch-size 44 would fit"),
-            (moco_v2, [folders[0], *TINY, "--negatives", "hard", "--skew", "-1e9"], "leave no rank"),
+            (moco_v2, [folders[0], *TINY, "--negatives", "hard", "--skew", "-1000000000"], "leave no rank"),
             (moco_v2, [folders[0], *TINY, "--negatives", "hard", "--skew-scale", "0"], "--skew-scale 0: expected")]:
         with pytest.raises(SystemExit) as error:
             script.main(list(map(str, argv)))
