@@ -265,6 +265,10 @@ def main(argv=None):
     if without.f.width != with_head.f.width or a["size"] != b["size"]:
         raise SystemExit(f"--no-head and --head: h has {without.f.width} and {with_head.f.width} dimensions, of images of "
                          f"{a['size']} and {b['size']} pixels; expected two encoders of one kind")
+    for flag, s, wanted in (("--no-head", a, False), ("--head", b, True)):
+        if (s["head"] not in ("none", "identity")) != wanted:
+            raise SystemExit(f"{flag}: the head of this encoder is `{s['head']}`; expected one "
+                             f"{'with a' if wanted else 'without'} hidden layer")
     columns = [Column(encoder, feature, s.get("normalisation", s["scale"])).to(device)
                for encoder, feature, s in ((without, "h", a), (with_head, "h", b), (with_head, "hidden", b))]
     names, images = read_images(args, dataset, a["size"], device)

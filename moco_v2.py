@@ -272,7 +272,7 @@ def main(argv=None):
     device = ddp.init()
     dataset = data.open_data(args.data)
     train.say(f"data: {dataset.description}; scale {dataset.scale}")
-    s, out = train.resolve("moco_v2", args, SCALES, PRESETS, dataset.scale, named=("K",))
+    s, out = train.resolve("moco_v2", args, SCALES, PRESETS, dataset.scale, named=("negatives", "K"))
     check(s, len(dataset.train), args)
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), s.batch_size)
     run = train.Run(out, s, s.epochs * steps_per_epoch, device, args.fresh, chance=math.log(s.K + 1))

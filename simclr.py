@@ -1,14 +1,16 @@
 """SimCLR: negatives from the batch itself. Sec. 5, Fig. 4 (green).
 
-Of N images, each in two views, an image's other view is its positive and all 2 (N - 1) views of the other images are its
-negatives (Chen et al. 2020a). Eq. (1) as in moco_v2.py, but no queue and no second encoder: few negatives is a small batch.
+Of a batch, each image in two views, an image's other view is its positive and all views of the other images are its
+negatives (Chen et al. 2020a): K = 2 (M - 1) for M images. Eq. (1) as in moco_v2.py, but no queue and no second encoder:
+few negatives is a small batch.
 
     torchrun --nproc_per_node=8 simclr.py IMAGENET --preset figure4 --batch-size 2048      # K = 4094
     python simclr.py                                     # a laptop: embedded textures, about two minutes
     python simclr.py DATA --batch-size 32768 --chunk 512 # K = 65534 in the memory of 512 images
 
 x1, x2 (N, 3, H, W) two views of N images, of all W processes M = W N;  h = f(x) (N, width);  z = g(h) (N, D), at unit
-length after `unit`. All views of all images are kept as (2 M, D), first views first. The batch norm is over all images.
+length after `unit`. All views of all images are kept as (2 M, D), first views first. Batch statistics are over all
+images: there are no groups.
 """
 
 import contextlib
@@ -68,7 +70,8 @@ def check(s, n_images, args):
     if wrong:
         raise SystemExit(wrong[0])
     if s.chunk and s.batch_size % s.chunk:
-        train.say(f"note: --chunk {s.chunk} does not divide the batch of {s.batch_size}: {chunks(s)} chunks, equal to an image")
+        n, c = s.batch_size, chunks(s)
+        train.say(f"note: --chunk {s.chunk} does not divide the batch of {n}: {c} chunks of {n // c} to {-(-n // c)} images")
     if s.chunk and per_process % chunks(s) and ddp.world() > 1:
         train.say(f"note: {chunks(s)} chunks do not divide a process's {per_process} images: the batch statistics differ from "
                   "those of one process")
@@ -253,7 +256,7 @@ def main(argv=None):
     augmented = augment.Augment(s.stack, augment.jitter_strength(s.jitter), s.blur, s.normalisation).to(device)
     monitor = functools.partial(evaluate.monitor, encoder, dataset, scale=s.normalisation, size=s.size, device=device,
                                 workers=args.workers, precision=s.precision)
-    run.open(f"K = 2 (N - 1) = {K} negatives", train.paper_says(PRESETS[args.preset]))
+    run.open(f"K = 2 ({s.batch_size} - 1) = {K} negatives", train.paper_says(PRESETS[args.preset]))
     if run.start == 0:
         run.epoch(0, knn=monitor())                             # the untrained encoder, to compare with
 

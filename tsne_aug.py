@@ -220,6 +220,9 @@ def main(argv=None):
         raise SystemExit(f"{path}: no such file; make it with `python linear_probe.py [DATA] --train all`, or name another "
                          "with --encoder")
     models = [(*read(path, dataset.scale, device), "z", path)]
+    if models[0][1].get("script", "linear_probe") != "linear_probe":
+        raise SystemExit(f"--encoder {path}: a run of {models[0][1]['script']}.py, which has no classes; expected a supervised "
+                         "model (linear_probe.py --train all), and contrastive ones as --compare")
     if args.compare:
         models.append((*read(args.compare, dataset.scale, device), "h", args.compare))
     rows, workers = [], data.default_workers()

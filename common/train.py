@@ -37,7 +37,7 @@ def add_flags(parser, presets, without=()):
     add("--preset", default=next(iter(presets)), choices=presets, metavar="ROW",
         help=f"a row of the paper's tables: {', '.join(presets)}")
     add("--out", metavar="DIR", help="where the run is written (default: runs/SCRIPT-SCALE-PRESET, and K and the seed "
-        "where they are given; a probe: probe/ beside the encoder's file)")
+        "where they are given, as SimCLR's batch, InstDisc's loss, --negatives; a probe: probe/ beside the encoder's file)")
     add("--fresh", action="store_true", help="start anew where --out holds a run already")
     add("--seed", type=int, metavar="n")
     add("--epochs", type=int, metavar="n")
@@ -229,8 +229,10 @@ class Run:
         if every:
             loss = ddp.mean(loss)
             if not torch.isfinite(loss):
+                kept = "keeps the last" if (self.out / "checkpoint.pt").exists() else "has no"
                 raise SystemExit(f"the loss is {loss.item()} at step {step}, learning rate {more.get('lr'):g}: try a "
-                                 f"smaller --lr, more --warmup, or --precision fp32; {self.out} keeps the last checkpoint")
+                                 "smaller --lr, more --warmup, a larger --temperature, or --precision fp32; "
+                                 f"{self.out} {kept} checkpoint")
         # a wait of .5 s on a terminal, 30 s in a file: .item() makes a GPU wait
         if not every and (ddp.rank() or now - self.shown < (.5 if self.live else 30)):
             return

@@ -124,7 +124,7 @@ def commands(name, script, flags, scale, path):
     return found
 
 
-def execute(name, script, flags, scale, path):
+def execute(name, script, flags, scale, path, description):
     """Train and probe one run, unless its JSON is there. Returns None, or the log's path if a command failed."""
     kept = ROOT / f"results/{scale}/runs/{name}.json"
     if kept.exists():
@@ -143,7 +143,7 @@ def execute(name, script, flags, scale, path):
     found = json.loads(probe.read_text())
     protocol = "supervised" if script == "linear_probe" else "quick probe" if PROBE[scale] else "linear probe"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    text = {"name": name, "top1": found["top1"], "protocol": protocol, "knn": found.get("knn"),
+    text = {"name": name, "data": description, "top1": found["top1"], "protocol": protocol, "knn": found.get("knn"),
             "minutes": round((time.time() - began) / 60, 2),
             "commands": [shlex.join(words) for words in commands(name, script, flags, scale, PLACEHOLDER[scale])],
             "settings": {k: v for k, v in start["settings"].items() if k != "data"},
@@ -266,17 +266,24 @@ def main(argv=None):
             dry(items, scale, args.seeds, path)
         return
     path = args.data and str(Path(args.data).expanduser().resolve())
-    scale = data.open_data(path).scale
+    dataset = data.open_data(path)
+    scale = dataset.scale
+    if dataset.test is None:
+        raise SystemExit(f"{args.data}: labels are needed, in train/<class>/ and in val/<class>/ or test/<class>/")
     if args.dry_run:
         return dry(items, scale, args.seeds, path)
     runs, names = plan(items, scale, args.seeds)
+    for kept in (ROOT / f"results/{scale}/runs").glob("*.json"):
+        there = json.loads(kept.read_text())["data"]
+        if there != dataset.description:
+            raise SystemExit(f"results/{scale} holds runs of other data ({there}), not of {dataset.description}; move it away")
     began, done, failed, lock = time.time(), 0, [], threading.Lock()
 
     def one(entry):
         nonlocal done
         name, (script, flags) = entry
         there = (ROOT / f"results/{scale}/runs/{name}.json").exists()
-        log = execute(name, script, flags, scale, path)
+        log = execute(name, script, flags, scale, path, dataset.description)
         with lock:
             done += 1
             failed.extend([(name, log)] if log else [])

@@ -158,14 +158,14 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     for name, kind, dim in (("moco_v2-textures-table1", "mlp", 128), ("moco_v2-textures-table1a", "none", 128),
                             ("linear_probe-textures-supervised", "none", 10)):
-        save(root / f"runs/{name}", "resnet10", kind, dim)
+        save(root / f"runs/{name}", "resnet10", kind, dim, name.split("-")[0])
     return root
 
 
-def save(folder, arch, kind, dim=128):
+def save(folder, arch, kind, dim=128, script="moco_v2"):
     torch.manual_seed(0)
     f = resnet(arch)
-    settings = {"script": "moco_v2", "arch": arch, "head": kind, "dim": dim, "scale": "textures", "size": 32}
+    settings = {"script": script, "arch": arch, "head": kind, "dim": dim, "scale": "textures", "size": 32}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"f": f.state_dict(), "g": head(kind, f.width, dim).state_dict(), "settings": settings},
                folder / "checkpoint.pt")
@@ -222,7 +222,9 @@ def test_bad_input_gets_one_line(made, tmp_path, inside, capsys):
             (dip_inversion, [*given, "--images", tmp_path / "text.png"], "cannot be read as an image"),
             (dip_inversion, [*given, "--images", tmp_path / "small.png"], "40 x 20 pixels; these encoders take 32"),
             (dip_inversion, ["--head", wide], "h has 512 and 2048 dimensions"),
-            (dip_inversion, ["--head", none], "no hidden layer"),
+            (dip_inversion, ["--head", none], "--head: the head of this encoder is `none`; expected one with a hidden layer"),
+            (dip_inversion, ["--no-head", "runs/moco_v2-textures-table1/checkpoint.pt"], "expected one without hidden layer"),
+            (tsne_aug, ["--encoder", none], "a run of moco_v2.py, which has no classes"),
             (dip_inversion, ["--iterations", "0"], "--iterations 0"),
             (tsne_aug, ["--per-class", "2000"], "has 1000 training images"),
             (tsne_aug, [tmp_path / "photos"], "labels are needed"),

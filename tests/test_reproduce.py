@@ -119,4 +119,8 @@ def test_a_run_is_kept_once_and_a_failed_one_is_named(tmp_path, monkeypatch, cap
     assert "there already" in out and (tmp_path / "calls").read_text() == "xxxx"
     kept = json.loads((tmp_path / "results/textures/runs/moco_v2-table1a-seed0.json").read_text())
     assert kept["commands"][0].startswith("python moco_v2.py --preset table1a --seed 0 --out runs/reproduce/textures/")
+    assert kept["data"].startswith("embedded textures")
+    (tmp_path / "results/textures/runs/other.json").write_text(json.dumps({"data": "photographs"}))
+    with pytest.raises(SystemExit, match="holds runs of other data .photographs., not of embedded textures"):
+        reproduce.main(["table1"])
     assert "lost" in (tmp_path / "runs/reproduce/textures/moco_v2-table1c-seed0/output.txt").read_text()

@@ -211,7 +211,7 @@ def test_bad_input_of_other_methods_gets_one_line(folders, tmp_path, monkeypatch
         message = str(error.value) if error.value.code not in (0, 2) else capsys.readouterr().err
         assert error.value.code not in (0, None) and line in message and len(message.strip().splitlines()) == 1, message
     simclr.main([*map(str, tiny), "--chunk", "3", "--max-steps", "1"])
-    assert "3 does not divide the batch of 8: 3 chunks" in capsys.readouterr().out
+    assert "3 does not divide the batch of 8: 3 chunks of 2 to 3 images" in capsys.readouterr().out
 
 
 def test_images_without_labels_are_trained_on_and_not_probed(tmp_path, inside):
