@@ -28,7 +28,7 @@ SCALES = {  # at each the released settings, of InstDisc's ImageNet and CIFAR-10
     "imagenet": dict(INSTDISC, arch="resnet50", size=224, epochs=100, long=2, weight_decay=1e-4, temperature=.07, looks=20),
     "cifar10": dict(INSTDISC, stack="instdisc_cifar10", arch="resnet18-3x3", size=32, epochs=200, long=1, batch_size=128,
                     weight_decay=5e-4, temperature=.1, looks=20),
-    # at ten times this learning rate features move further in an epoch than the bank can follow, and nothing is learned
+    # at the released .03 features move further in these short epochs than the bank can follow, and nothing is learned
     "textures": dict(INSTDISC, arch="resnet10", size=32, epochs=18, long=1, batch_size=64, lr=.003, warmup=150,
                      weight_decay=5e-4, K=1024, temperature=.2, looks=4),
 }
