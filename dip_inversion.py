@@ -214,8 +214,7 @@ def read_images(args, dataset, size, device):
             every = max(1, len(dataset.classes) // 4)
             chosen = torch.stack([(images.labels == c).nonzero()[0, 0] for c in range(0, len(dataset.classes), every)][:4])
         names = [f"image {i}" if images.labels is None else dataset.classes[images.labels[i]] for i in chosen]
-        images = data.Images(pixels=None if images.pixels is None else images.pixels[chosen],
-                             files=None if images.files is None else images.files[chosen.numpy()])
+        images = images.take(chosen.numpy())
     x = torch.cat(list(data.whole(images, size=size, batch=64, device=device, workers=0)))
     return [Path(str(name)).stem for name in names], x.float() / 255
 
@@ -225,8 +224,7 @@ def differences(a, b):
     if not ("script" in a and "script" in b):
         return "The encoders are not runs of this project: MoCo v1 and v2 differ in augmentation and temperature too."
     names = ("stack", "temperature", "crop", "jitter", "blur", "K", "m", "lr", "epochs", "batch_size", "seed")
-    other = [f"{k} {a[k]} and {b[k]}" for k in names
-             if k in a and k in b and a[k] != b[k]]
+    other = [f"{k} {a[k]} and {b[k]}" for k in names if k in a and k in b and a[k] != b[k]]
     return f"The encoders differ also in {', '.join(other)}." if other else ""
 
 

@@ -141,17 +141,14 @@ def choose(dataset, classes, per_class, seed):
         if len(of_class) < per_class:
             raise SystemExit(f"--per-class {per_class}: class {dataset.classes[c]} has {len(of_class)} training images")
         chosen.append(rng.permutation(of_class)[:per_class])
-    chosen = np.concatenate(chosen)
-    images = data.Images(*(None if v is None else v[chosen] for v in (dataset.train.labels, dataset.train.pixels,
-                                                                      dataset.train.files)))
+    images = dataset.train.take(np.concatenate(chosen))
     return [dataset.classes[c] for c in which], images, torch.arange(classes).repeat_interleave(per_class)
 
 
 def repeated(images, n, times):
     """`times` copies of n of the images, the first of each class, and which copy is whose: for views of one image."""
-    first = (torch.arange(n) * (len(images) // n)).repeat_interleave(times).numpy()
-    return data.Images(*(None if v is None else v[first] for v in (images.labels, images.pixels, images.files))), \
-        torch.arange(n).repeat_interleave(times)
+    which = torch.arange(n).repeat_interleave(times)
+    return images.take((which * (len(images) // n)).numpy()), which
 
 
 @torch.no_grad()

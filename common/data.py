@@ -38,6 +38,10 @@ class Images:
     def __len__(self):
         return len(self.files) if self.pixels is None else len(self.pixels)
 
+    def take(self, rows):
+        """The images `rows`, a slice or a numpy array of indices, with their labels."""
+        return Images(*(None if v is None else v[rows] for v in (self.labels, self.pixels, self.files)))
+
 
 @dataclasses.dataclass
 class Data:
