@@ -10,6 +10,7 @@ started again, it goes on. What is one setting in several tables is run once. Wh
 """
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -135,6 +136,7 @@ def execute(name, script, flags, scale, path, description):
     for words in todo:
         real = [sys.executable] + (["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[1:])
         with (out / "output.txt").open("a") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)                     # the child of a reproduce.py that was killed holds it: wait
             if subprocess.run(real, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode:
                 return out / "output.txt"
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
@@ -277,6 +279,7 @@ def main(argv=None):
         there = json.loads(kept.read_text())["data"]
         if there != dataset.description:
             raise SystemExit(f"results/{scale} holds runs of other data ({there}), not of {dataset.description}; move it away")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // max(1, args.jobs))))  # shared by the jobs
     began, done, failed, lock = time.time(), 0, [], threading.Lock()
 
     def one(entry):
