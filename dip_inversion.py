@@ -253,6 +253,7 @@ def draw(path, images, names, x_rec, found, title):
     figure.savefig(path, dpi=100)
 
 
+@train.guarded
 def main(argv=None):
     args = parse_args(argv)
     device = ddp.init()

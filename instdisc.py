@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from common import augment, data, ddp, evaluate, train
 from common.loss import info_nce, unit
-from common.model import Encoder, head, load_state, resnet
+from common.model import Encoder, head, resnet, restore
 
 INSTDISC = dict(stack="moco_v1", head="none", dim=128, crop=(.2, 1.), batch_size=256, lr=.03, warmup=0, schedule="steps",
                 bn_group=32, loss="nce", K=4096, bank_momentum=.5, proximal=0.)
@@ -136,7 +136,7 @@ def train_step(embed, memory, Z, optimizer, x, index, draws, loss_of, temperatur
 def build(s, n, device, state=None):
     """Encoder, bank (n, D), Z () (0: not known yet), optimiser: from the seed, or a checkpoint.
 
-    Raises SystemExit if the checkpoint's bank is of another number of images.
+    Raises SystemExit if the checkpoint is another network's, or its bank of another number of images.
     """
     torch.manual_seed(s.seed)
     f = resnet(s.arch, s.bn_group)
@@ -145,16 +145,11 @@ def build(s, n, device, state=None):
     Z = torch.zeros((), device=device)
     optimizer = torch.optim.SGD(encoder.parameters(), s.lr, momentum=.9, weight_decay=s.weight_decay, fused=True)
     if state:
-        if len(state["memory"]) != n:
-            raise SystemExit(f"the checkpoint's bank has {len(state['memory'])} images, this data set {n}: it is another one")
-        load_state(encoder.f, state["f"], "checkpoint: f")
-        load_state(encoder.g, state["g"], "checkpoint: g")
-        memory.copy_(state["memory"])
-        Z.copy_(state["Z"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(state, optimizer, f=encoder.f, g=encoder.g, memory=memory, Z=Z)
     return encoder, memory, Z, optimizer
 
 
+@train.guarded
 def main(argv=None):
     args = parse_args(argv)
     device = ddp.init()
@@ -164,7 +159,7 @@ def main(argv=None):
     n = len(dataset.train)
     check(s, n, args)
     steps_per_epoch = data.steps_per_epoch(n, s.batch_size)
-    run = train.Run(out, s, s.epochs * steps_per_epoch, device, args.fresh,
+    run = train.Run(out, s, s.epochs * steps_per_epoch, device, args,
                     chance={"nce": math.log(s.K + 1) + 1, "infonce": math.log(s.K + 1), "softmax": math.log(n)}[s.loss])
     if run.start == run.total:
         return run.close(run.total, run.knn_line())
@@ -184,13 +179,12 @@ def main(argv=None):
         return {"knn": evaluate.monitor(encoder, dataset, **how),
                 "bank": evaluate.knn(memory, dataset.train.labels, z, dataset.test.labels, temperature=s.temperature)}
 
-    run.open(train.paper_says(PRESETS[args.preset]))
+    run.open(optimizer, train.paper_says(PRESETS[args.preset]))
     if run.start == 0:
         run.epoch(0, **monitor())                               # the untrained encoder, to compare with
 
-    stop = min(run.total, args.max_steps or run.total)
     batches = data.views(dataset.train, 1, size=s.size, area=s.crop, batch=s.batch_size, seed=s.seed, start=run.start,
-                         stop=stop, device=device, workers=args.workers)
+                         stop=run.stop, device=device, workers=args.workers)
     done, rows = run.start, ddp.rows(s.batch_size)
     for step, x, index in run.timed(batches):
         x, = augmented(x, s.seed, step, s.batch_size, rows)     # (N, 3, H, W)
@@ -201,9 +195,9 @@ def main(argv=None):
                           s.bank_momentum, s.proximal)
         done = step + 1
         epoch, inside = divmod(done, steps_per_epoch)
-        leave = run.stopping(done) or done == stop
-        run.tell(done, loss, leave or not inside, epoch=done / steps_per_epoch, lr=lr)
-        if leave or not inside:
+        leave, save = run.stopping(done, not inside)
+        run.tell(done, loss, save, epoch=done / steps_per_epoch, lr=lr)
+        if save:
             ddp.average_buffers(encoder)
             if not inside:
                 run.epoch(epoch, **(monitor() if epoch % max(1, s.epochs // s.looks) == 0 or done == run.total else {}))

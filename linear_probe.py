@@ -25,7 +25,7 @@ from torch import nn
 
 from common import augment, data, ddp, evaluate, train
 from common.loss import precise
-from common.model import Encoder, head, load_encoder, load_state, resnet
+from common.model import Encoder, head, load_encoder, resnet, restore
 
 # a probe: lr 30 for 256 images, a tenth at .6 and .8 of the epochs, no weight decay, crops from 8 %, flips
 PROBE = dict(stack="weak", jitter=.5, blur=False, crop=(.08, 1.), batch_size=256, lr=30., warmup=0, weight_decay=0.,
@@ -37,9 +37,9 @@ SCALES = {
 }
 # supervised from random weights: pytorch's ImageNet recipe, lr .1 for 256 images, a tenth at 30, 60 and 90 of 100 epochs
 SUPERVISED = {
-    "imagenet": dict(lr=.1, weight_decay=1e-4, drops=(.3, .6, .9)),
-    "cifar10": dict(lr=.1, weight_decay=5e-4, drops=(.3, .6, .9), epochs=200),
-    "textures": dict(lr=.05, weight_decay=5e-4, drops=(.3, .6, .9), epochs=10, batch_size=64, warmup=50),
+    "imagenet": dict(SCALES["imagenet"], lr=.1, weight_decay=1e-4, drops=(.3, .6, .9)),
+    "cifar10": dict(SCALES["cifar10"], lr=.1, weight_decay=5e-4, drops=(.3, .6, .9), epochs=200),
+    "textures": dict(SCALES["textures"], lr=.05, weight_decay=5e-4, drops=(.3, .6, .9), epochs=10, batch_size=64, warmup=50),
 }
 STRONG = dict(stack="moco_v2", crop=(.2, 1.), blur=True)        # Table 2: the MoCo v2 stack, one view, one operation varied
 PRESETS = {  # what differs from the scale, and the paper's ImageNet top-1 in percent; all but the first want --train all
@@ -229,10 +229,7 @@ def build(s, device, compiled, frozen=None, state=None):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], s.lr, momentum=.9,
                                 weight_decay=s.weight_decay, fused=True)
     if state:
-        load_state(model.g, state["g"], "checkpoint: g")
-        if not frozen:
-            load_state(model.f, state["f"], "checkpoint: f")
-        optimizer.load_state_dict(state["optimizer"])
+        restore(state, optimizer, g=model.g, **({} if frozen else {"f": model.f}))
     return model, logits_of, optimizer
 
 
@@ -241,8 +238,7 @@ def prepare(args):
     aside = ("encoder", "quick", "train", "feature")
     if args.train == "all":
         dataset = open_labelled(args.data)
-        scales = {name: SCALES[name] | SUPERVISED[name] for name in SCALES}
-        s, out = train.resolve("linear_probe", args, scales, PRESETS, dataset.scale, aside=aside)
+        s, out = train.resolve("linear_probe", args, SUPERVISED, PRESETS, dataset.scale, aside=aside)
         train.check(s, len(dataset.train), args.max_steps, args.workers)
         s.head, s.normalisation, frozen = "none", s.scale, None
     else:
@@ -263,6 +259,7 @@ def prepare(args):
     return s, out, dataset, frozen
 
 
+@train.guarded
 def main(argv=None):
     args = parse_args(argv)
     device = ddp.init()
@@ -271,7 +268,7 @@ def main(argv=None):
     s, out, dataset, frozen = prepare(args)
     n, labels, drop_last = len(dataset.train), dataset.train.labels.to(device), frozen is None
     steps_per_epoch = data.steps_per_epoch(n, s.batch_size, drop_last)
-    run = train.Run(out, s, s.epochs * steps_per_epoch, device, args.fresh, pictures=(
+    run = train.Run(out, s, s.epochs * steps_per_epoch, device, args, pictures=(
         ("top1", "top-1 on the test images, %"), ("loss", "loss"), ("lr", "learning rate")))
     if run.start == run.total:
         return run.close(run.total, f"top-1 {run.value('top1', -1):.2f} %")
@@ -286,11 +283,11 @@ def main(argv=None):
         few = evaluate.features(model, evaluate.thin(dataset.test, 256), scale=s.normalisation, size=s.size, device=device,
                                 workers=args.workers, precision=s.precision)
         lines.append(f"mean length of {s.feature}: {few.norm(dim=1).mean():.2f}; the larger, the smaller the --lr that suits")
-    run.open(*lines)
+    run.open(optimizer, *lines)
 
-    done, stop = run.start, min(run.total, args.max_steps or run.total)
+    done = run.start
     batches = data.views(dataset.train, 1, size=s.size, area=s.crop, batch=s.batch_size, seed=s.seed, start=done,
-                         stop=stop, device=device, workers=args.workers, drop_last=drop_last)
+                         stop=run.stop, device=device, workers=args.workers, drop_last=drop_last)
     for step, x, index in run.timed(batches):
         batch = min(s.batch_size, n - step % steps_per_epoch * s.batch_size)    # the last of a probe's epoch is smaller
         x, = augmented(x, s.seed, step, batch, ddp.rows(batch))                 # (N, 3, H, W)
@@ -299,9 +296,9 @@ def main(argv=None):
         loss = train_step(logits_of, optimizer, x, labels[index.to(device)], batch)
         done = step + 1
         epoch, inside = divmod(done, steps_per_epoch)
-        leave = run.stopping(done) or done == stop
-        run.tell(done, loss, leave or not inside, epoch=done / steps_per_epoch, lr=lr)
-        if leave or not inside:
+        leave, save = run.stopping(done, not inside)
+        run.tell(done, loss, save, epoch=done / steps_per_epoch, lr=lr)
+        if save:
             if not frozen:
                 ddp.average_buffers(model)
             if not inside:

@@ -22,7 +22,7 @@ import torch
 
 from common import augment, data, ddp, evaluate, train
 from common.loss import info_nce, unit
-from common.model import HEADS, Encoder, head, load_state, resnet
+from common.model import HEADS, Encoder, head, resnet, restore
 
 MOCO_V2 = dict(stack="moco_v2", head="mlp", dim=128, crop=(.2, 1.), jitter=.5, schedule="cosine", bn_group=32,
                negatives="queue", skew=4., skew_scale=.25)
@@ -259,14 +259,11 @@ def build(s, device, state=None):
     optimizer = torch.optim.SGD([p for p in encoder_q.parameters() if p.requires_grad], s.lr, momentum=.9,
                                 weight_decay=s.weight_decay, fused=True)
     if state:
-        load_state(encoder_q.f, state["f"], "checkpoint: f")
-        load_state(encoder_q.g, state["g"], "checkpoint: g")
-        load_state(encoder_k, state["encoder_k"], "checkpoint: encoder_k")
-        queue.copy_(state["queue"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(state, optimizer, f=encoder_q.f, g=encoder_q.g, encoder_k=encoder_k, queue=queue)
     return encoder_q, encoder_k, queue, optimizer
 
 
+@train.guarded
 def main(argv=None):
     args = parse_args(argv)
     device = ddp.init()
@@ -275,7 +272,7 @@ def main(argv=None):
     s, out = train.resolve("moco_v2", args, SCALES, PRESETS, dataset.scale, named=("negatives", "K"))
     check(s, len(dataset.train), args)
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), s.batch_size)
-    run = train.Run(out, s, s.epochs * steps_per_epoch, device, args.fresh, chance=math.log(s.K + 1))
+    run = train.Run(out, s, s.epochs * steps_per_epoch, device, args, chance=math.log(s.K + 1))
     if run.start == run.total:
         return run.close(run.total, run.knn_line())
 
@@ -290,13 +287,12 @@ def main(argv=None):
                                 workers=args.workers, precision=s.precision)
     F = rank_distribution(s.negatives, s.K, s.skew, s.skew_scale)
     rows, F = ddp.rows(s.batch_size), F if F is None else F.to(device)
-    run.open(train.paper_says(PRESETS[args.preset]))
+    run.open(optimizer, train.paper_says(PRESETS[args.preset]))
     if run.start == 0:
         run.epoch(0, knn=monitor())                             # the untrained encoder, to compare with
 
-    stop = min(run.total, args.max_steps or run.total)
     batches = data.views(dataset.train, 2, size=s.size, area=s.crop, batch=s.batch_size, seed=s.seed, start=run.start,
-                         stop=stop, device=device, workers=args.workers)
+                         stop=run.stop, device=device, workers=args.workers)
     done = run.start
     for step, x, _ in run.timed(batches):
         x1, x2 = augmented(x, s.seed, step, s.batch_size, rows)                 # (N, 3, H, W) each
@@ -307,10 +303,9 @@ def main(argv=None):
                           s.temperature, None if F is None else draw_ranks(F, rows, s.seed, step))
         done = step + 1
         epoch, inside = divmod(done, steps_per_epoch)
-        leave = run.stopping(done) or done == stop
-        run.tell(done, loss, leave or not inside, epoch=done / steps_per_epoch, lr=lr,
-                 queue=min(1, done * s.batch_size / s.K))
-        if leave or not inside:
+        leave, save = run.stopping(done, not inside)
+        run.tell(done, loss, save, epoch=done / steps_per_epoch, lr=lr, queue=min(1, done * s.batch_size / s.K))
+        if save:
             ddp.average_buffers(encoder_q)
             ddp.average_buffers(encoder_k)
             if not inside:

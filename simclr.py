@@ -22,7 +22,7 @@ from torch import nn
 
 from common import augment, data, ddp, evaluate, train
 from common.loss import info_nce, unit
-from common.model import Encoder, head, load_state, resnet
+from common.model import Encoder, head, resnet, restore
 
 SIMCLR = dict(stack="simclr", normalisation="unit", layers=2, dim=128, crop=(.08, 1.), warmup=None, warmup_epochs=10,
               scaling="sqrt", chunk=None)
@@ -227,12 +227,11 @@ def build(s, device, state=None):
     encoder.to(device, memory_format=torch.channels_last)
     optimizer = LARS([p for p in encoder.parameters() if p.requires_grad], s.lr, weight_decay=s.weight_decay)
     if state:
-        load_state(encoder.f, state["f"], "checkpoint: f")
-        load_state(encoder.g, state["g"], "checkpoint: g")
-        optimizer.load_state_dict(state["optimizer"])
+        restore(state, optimizer, f=encoder.f, g=encoder.g)
     return encoder, optimizer
 
 
+@train.guarded
 def main(argv=None):
     args = parse_args(argv)
     device = ddp.init()
@@ -245,7 +244,7 @@ def main(argv=None):
     check(s, len(dataset.train), args)
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), s.batch_size)
     total, K = s.epochs * steps_per_epoch, 2 * (s.batch_size - 1)
-    run = train.Run(out, s, total, device, args.fresh, chance=math.log(K + 1))
+    run = train.Run(out, s, total, device, args, chance=math.log(K + 1))
     if run.start == run.total:
         return run.close(run.total, run.knn_line())
 
@@ -256,13 +255,12 @@ def main(argv=None):
     augmented = augment.Augment(s.stack, augment.jitter_strength(s.jitter), s.blur, s.normalisation).to(device)
     monitor = functools.partial(evaluate.monitor, encoder, dataset, scale=s.normalisation, size=s.size, device=device,
                                 workers=args.workers, precision=s.precision)
-    run.open(f"K = 2 ({s.batch_size} - 1) = {K} negatives", train.paper_says(PRESETS[args.preset]))
+    run.open(optimizer, f"K = 2 ({s.batch_size} - 1) = {K} negatives", train.paper_says(PRESETS[args.preset]))
     if run.start == 0:
         run.epoch(0, knn=monitor())                             # the untrained encoder, to compare with
 
-    stop = min(run.total, args.max_steps or run.total)
     batches = data.views(dataset.train, 2, size=s.size, area=s.crop, batch=s.batch_size, seed=s.seed, start=run.start,
-                         stop=stop, device=device, workers=args.workers)
+                         stop=run.stop, device=device, workers=args.workers)
     done, mine = run.start, torch.arange(s.batch_size)[ddp.rows(s.batch_size)]
     for step, x, _ in run.timed(batches):
         draws = augmented.draw(2, s.batch_size, s.seed, step)
@@ -276,9 +274,9 @@ def main(argv=None):
             loss = train_step(embed, optimizer, x1, x2, s.temperature)
         done = step + 1
         epoch, inside = divmod(done, steps_per_epoch)
-        leave = run.stopping(done) or done == stop
-        run.tell(done, loss / 2, leave or not inside, epoch=done / steps_per_epoch, lr=lr)      # Eq. (1) of a view
-        if leave or not inside:
+        leave, save = run.stopping(done, not inside)
+        run.tell(done, loss / 2, save, epoch=done / steps_per_epoch, lr=lr)      # Eq. (1) of a view
+        if save:
             ddp.average_buffers(encoder)
             if not inside:
                 run.epoch(epoch, knn=monitor() if epoch % max(1, s.epochs // s.looks) == 0 or done == run.total else None)

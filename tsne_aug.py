@@ -204,6 +204,7 @@ def draw(path, rows, title):
     figure.savefig(path, dpi=90)
 
 
+@train.guarded
 def main(argv=None):
     args = parse_args(argv)
     device, began = ddp.init(), time.time()

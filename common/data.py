@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from common import augment, ddp, textures
 
 EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # of what PIL knows; for EPS it would start a program
 SMALL = 64                                                      # pixels: up to this side, images are kept in memory
 PIECE = 256                                                     # images that a worker makes, or memory gives, at once
 BROKEN = .01                                                    # share of unreadable images that stops a run
@@ -144,8 +145,13 @@ def _from_files(root, what, files, labels, test_files=None, test_labels=None, cl
 
 
 def read_image(name):
-    """The decoded image of a file as RGB (3, H, W) uint8, whatever its mode. Raises what PIL raises."""
-    with Image.open(name) as image:
+    """The decoded image of a file as RGB (3, H, W) uint8, whatever its mode; neither turned by EXIF nor blended by alpha.
+
+    Raises what PIL raises, among others for images above 179 million pixels.
+    """
+    with Image.open(name, formats=FORMATS) as image:
+        if image.mode.startswith("I;16"):                       # convert() would clip 16 bits to 8
+            return torch.from_numpy((np.array(image) >> 8).astype(np.uint8)).expand(3, -1, -1)
         # no convert() where there is nothing to convert: it would copy
         return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
 
@@ -211,6 +217,10 @@ def _centre(image, _, size):
     height, width = image.shape[1:]
     if height == width == size:
         return image
+    if max(height, width) > 4 * min(height, width):             # of a long strip only the middle, or memory runs out
+        height, width = min(height, 4 * width), min(width, 4 * height)
+        top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+        image = image[:, top:top + height, left:left + width]
     factor = round(size * 8 / 7) / min(height, width)
     image = resize(image, (round(height * factor), round(width * factor)))
     top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2

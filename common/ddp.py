@@ -5,6 +5,7 @@ Without a process group every function here is the identity, so that a script is
 
 import contextlib
 import ctypes
+import datetime
 import os
 
 import torch
@@ -21,7 +22,8 @@ def init():
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # of a machine that is gone, the others hear after this time at the latest, and end
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10))
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 

@@ -6,6 +6,9 @@ architecture is one word: torchvision's name (`resnet50`), `resnet10` for small 
 """
 
 import functools
+import pickle
+import re
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -145,27 +148,59 @@ def load_state(module, state, what):
     module.load_state_dict(state)
 
 
+def restore(state, optimizer, **parts):
+    """Load a checkpoint's `parts`, modules and tensors by their names in it, and the optimiser's state.
+
+    Raises SystemExit with the first part that is missing or of another shape.
+    """
+    for name, part in {**parts, "optimizer": optimizer}.items():
+        saved = state.get(name)
+        if not isinstance(saved, torch.Tensor if isinstance(part, torch.Tensor) else dict):
+            raise SystemExit(f"checkpoint: {name} is missing, or no {'tensor' if isinstance(part, torch.Tensor) else 'state'}")
+        if isinstance(part, nn.Module):
+            load_state(part, saved, f"checkpoint: {name}")
+        elif part is not optimizer:
+            if saved.shape != part.shape:
+                raise SystemExit(f"checkpoint: {name} has shape {tuple(saved.shape)}, not {tuple(part.shape)}")
+            part.copy_(saved)
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        fits = all(v.shape == p.shape for p, of in optimizer.state.items() for v in of.values() if v is not None)
+    except (ValueError, KeyError, TypeError, AttributeError):   # torch raises many kinds for another optimiser's state
+        fits = False
+    if not fits:
+        raise SystemExit("checkpoint: optimizer is that of another network or method")
+
+
 def read_checkpoint(path, needs):
     """A checkpoint as a dict, on the CPU, without running any code that it may hold.
 
-    Raises SystemExit where the file is missing, would run code, or lacks one of `needs`.
+    Raises SystemExit where the file is missing, damaged (its checksums are looked at), would run code, or lacks one of
+    `needs`, {name: type}.
     """
     checkpoint = _read(path)
-    if not isinstance(checkpoint, dict) or not set(needs) <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), of) for k, of in needs.items()):
         raise SystemExit(f"{path}: not the checkpoint that is needed here (it lacks one of {', '.join(needs)})")
     return checkpoint
 
 
 def _read(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # torch.load itself does not look at the archive's checksums
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        if not damaged:
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file; expected a checkpoint.pt of one of the training scripts")
     except IsADirectoryError:
         raise SystemExit(f"{path}: a folder; name the checkpoint.pt in it")
-    except Exception:                                           # torch raises many kinds for a file that is no archive
-        raise SystemExit(f"{path}: cannot be read as a checkpoint: cut short, damaged, no checkpoint at all, or made to run "
-                         "code; nothing of it was used")
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)|Trying to load unsupported GLOBAL (\S+)", str(error))
+        if code:
+            raise SystemExit(f"{path}: refused: reading it would run code ({code[1] or code[2]}); nothing of it was used")
+    except Exception:                                           # torch and zipfile raise many kinds for a file that is none
+        pass
+    raise SystemExit(f"{path}: cannot be read as a checkpoint: cut short, damaged or none at all; nothing of it was used")
 
 
 def load_encoder(path, arch=None, seed=0):

@@ -1,10 +1,14 @@
 """What every training script needs and no reader of the paper would miss: settings, schedules, logs, checkpoints."""
 
 import argparse
+import contextlib
+import errno
+import functools
 import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +22,8 @@ from common import data, ddp, model
 
 UNFINISHED = 75                                                 # exit code: saved, start again to go on
 EVERY = 50                                                      # steps between lines of the log
+HEARD = 10                                                      # steps between questions to all GPUs, which makes them wait
+CHECKPOINT = {"step": int, "settings": dict}                    # what every checkpoint holds
 PICTURES = (("knn", "kNN top-1 of h, %"), ("ratio", "loss / ln(K + 1)"), ("lr", "learning rate"))
 
 
@@ -42,6 +48,7 @@ def add_flags(parser, presets, without=()):
     add("--seed", type=int, metavar="n")
     add("--epochs", type=int, metavar="n")
     add("--max-steps", type=int, metavar="n", help="stop after this step of the run; the schedule stays as it is")
+    add("--save-minutes", type=_minutes, default=30., metavar="t", help="save this often, and after each epoch (default: 30)")
     add("--batch-size", type=int, metavar="n", help="images of all processes together")
     add("--lr", type=float, help="learning rate of this batch (default: the scale's, scaled with the batch)")
     add("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up")
@@ -50,6 +57,38 @@ def add_flags(parser, presets, without=()):
     add("--workers", type=int, metavar="n", default=data.default_workers(), help="processes that read files")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the processor is good at it")
     add("--compile", action="store_true", help="torch.compile the encoders")
+
+
+def _minutes(text):
+    if not float(text) >= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 (every step) or more")
+    return float(text)
+
+
+def guarded(main):
+    """`main`, which in one line instead of a traceback says what a user can mend: memory, disk, killed workers."""
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except (OSError, RuntimeError, MemoryError) as error:
+            why = _mendable(error)
+            if why is None:
+                raise
+        raise SystemExit(f"{why}; what was saved is whole, and the same command goes on from there")
+    return run
+
+
+def _mendable(error):
+    text, fewer = str(error), "lower --batch-size (of simclr.py: --chunk)"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"no GPU memory left: {fewer}, or take more GPUs"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"no memory left: {fewer}, or --workers"
+    if "DataLoader worker" in text:
+        return "a process that reads images has died, mostly for want of memory: lower --workers or --batch-size"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return f"{error.filename or 'a file'}: cannot be written ({error.strerror}): make room"
 
 
 def resolve(script, args, scales, presets, scale, named=(), aside=()):
@@ -66,7 +105,7 @@ def resolve(script, args, scales, presets, scale, named=(), aside=()):
     if preset and all(scales[scale].get(k) == v for k, v in preset.items()):
         say(f"note: at the scale {scale}, {args.preset} has the baseline's settings")
     flags = {k: v for k, v in vars(args).items() if v is not None and k not in (
-        "data", "out", "fresh", "max_steps", "workers", "compile", "preset", *aside)}
+        "data", "out", "fresh", "max_steps", "save_minutes", "workers", "compile", "preset", *aside)}
     base_lr, base_batch = settings["lr"], settings["batch_size"]
     settings |= flags
     if "lr" not in flags and settings["batch_size"] != base_batch:
@@ -161,44 +200,84 @@ def embedder(module, device, precision, compiled=False):
 class Run:
     """A folder `out` with checkpoint.pt, log.jsonl and curves.png, the live line, and the wish to stop.
 
-    `state` is the checkpoint to go on from, or None. Raises SystemExit if `out` cannot be written, or holds a run of
-    other settings; `fresh` starts anew. `chance` is the loss of a guess, ln(K + 1), if it is worth showing beside the
-    loss; `pictures` are what curves.png shows, the result first.
+    `state` is the checkpoint to go on from, or None. `args` are the flags --fresh, --max-steps and --save-minutes.
+    Raises SystemExit if `out` cannot be written, is in use, holds a run of other settings, or checkpoints of which none
+    is whole. `chance` is the loss of a guess, ln(K + 1), if it is worth showing beside the loss; `pictures` are what
+    curves.png shows, the result first.
     """
 
-    def __init__(self, out, settings, total, device, fresh=False, chance=None, pictures=PICTURES):
+    def __init__(self, out, settings, total, device, args, chance=None, pictures=PICTURES):
         self.out, self.settings, self.total, self.device, self.chance = Path(out), vars(settings), total, device, chance
-        self.pictures = pictures
-        self.batch, self.state, self.asked = settings.batch_size, None, False
-        path = self.out / "checkpoint.pt"
-        if not fresh and path.exists():
-            self.state = model.read_checkpoint(path, ("step", "settings"))
-            self._refuse_other_settings()
+        self.path, self.previous = self.out / "checkpoint.pt", self.out / "previous.pt"
+        self.stop, self.save_seconds = min(total, args.max_steps or total), 60 * args.save_minutes
+        self.pictures, self.batch, self.state, self.asked, self.losses = pictures, settings.batch_size, None, False, []
+        self.live, self.shown, self.width = sys.stdout.isatty(), time.time(), 0
+        self.saved, self.waited, self.mark, self.began = time.time(), 0., None, None
+        refusal = self._claim(args.fresh) if ddp.rank() == 0 else None
+        if ddp.any_process(refusal is not None, device):        # the others wait for the first here
+            raise SystemExit(refusal or 1)
+        if ddp.rank() and self.path.exists():
+            self.state = model.read_checkpoint(self.path, CHECKPOINT)
         self.start = self.state["step"] if self.state else 0
+
+    def _claim(self, fresh):
+        """What one process does: lock `out`, find the newest whole checkpoint, cut the log. Returns why not, or None."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.out / "lock").open("a+")          # held, and so locked, as long as this process lives
             (self.out / "log.jsonl").open("a").close()
         except OSError as error:
-            raise SystemExit(f"--out {self.out}: cannot be written ({error.strerror})")
-        if ddp.rank() == 0:                                     # what the log says of steps to be done again, goes
-            if fresh:
-                path.unlink(missing_ok=True)
-            kept = [e for e in self.events() if self.state and e["step"] <= self.start]
-            (self.out / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in kept))
-        self.live, self.shown, self.width = sys.stdout.isatty(), time.time(), 0
-        self.waited, self.mark, self.began = 0., None, None
+            return f"--out {self.out}: cannot be written ({error.strerror})"
+        try:
+            import fcntl                                        # not on Windows; some file systems know no locks
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.lock.seek(0)
+            return f"--out {self.out}: in use by {self.lock.read() or 'another process'}; choose another --out, or stop it"
+        except (ImportError, OSError):
+            pass
+        self.lock.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", end="", file=self.lock, flush=True)
+        try:
+            self.state = None if fresh else self._newest()
+        except SystemExit as error:
+            return f"{error}; --fresh starts anew"
+        if self.state and (other := self._other_settings()):
+            return f"--out {self.out}: holds a run of other settings ({other}); choose another, or --fresh to overwrite it"
+        for path in (self.path, self.previous) if fresh else ():
+            path.unlink(missing_ok=True)
+        # what the log says of steps to be done again, goes
+        kept = [e for e in self.events() if self.state and e["step"] <= self.state["step"]]
+        _replace(self.out / "log.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
 
-    def _refuse_other_settings(self):
+    def _newest(self):
+        """The newest whole checkpoint, in its place, or None if there is none. Raises SystemExit if all are damaged."""
+        refusal = None
+        for path in (self.path, self.previous):
+            try:
+                if path.exists():
+                    state = model.read_checkpoint(path, CHECKPOINT)
+                    if path == self.previous:                   # or the next save would put the damaged one in its place
+                        say(f"{refusal or f'{self.path} is missing'}: going on from the one before, {path}")
+                        os.replace(path, self.path)
+                    return state
+            except SystemExit as error:
+                refusal = refusal or error
+        if refusal:
+            raise refusal
+
+    def _other_settings(self):
         saved = self.state["settings"]
         plain = json.loads(json.dumps(self.settings))
-        other = [f"{k} {saved.get(k)} there, {plain.get(k)} now" for k in {**saved, **plain}
-                 if saved.get(k) != plain.get(k)]
-        if other:
-            raise SystemExit(f"--out {self.out}: holds a run of other settings ({'; '.join(other)}); "
-                             "choose another --out, or --fresh to overwrite it")
+        return "; ".join(f"{k} {saved.get(k)} there, {plain.get(k)} now" for k in {**saved, **plain}
+                         if saved.get(k) != plain.get(k))
 
-    def open(self, *lines):
-        """Say how the run begins, write it to the log, and from now on finish the step on SIGTERM and SIGINT."""
+    def open(self, optimizer, *lines):
+        """Say how the run begins, write it to the log, and from now on finish the step on SIGTERM and SIGINT.
+
+        Of what `optimizer` trains, nothing is saved that is not finite.
+        """
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "asked", True))
         say("  ".join(f"{k}={_short(v)}" for k, v in self.settings.items() if k not in ("script", "data")))
@@ -223,16 +302,15 @@ class Run:
     def tell(self, step, loss, last=False, **more):
         """After a step: refresh the live line; log it every 50 steps, and the `last` before the state is saved.
 
-        `loss` is a tensor of this process. Raises SystemExit if it is not finite, before that could be saved.
+        `loss` is a tensor of this process. Raises SystemExit if a loss or what a gradient has made of a weight is not
+        finite, before that could be saved.
         """
         now, every = time.time(), last or step % EVERY == 0
+        self.losses.append(loss)
         if every:
-            loss = ddp.mean(loss)
-            if not torch.isfinite(loss):
-                kept = "keeps the last" if (self.out / "checkpoint.pt").exists() else "has no"
-                raise SystemExit(f"the loss is {loss.item()} at step {step}, learning rate {more.get('lr'):g}: try a "
-                                 "smaller --lr, more --warmup, a larger --temperature, or --precision fp32; "
-                                 f"{self.out} {kept} checkpoint")
+            losses, self.losses = ddp.mean(torch.stack(self.losses)), []
+            self._refuse_infinite(step, losses, more["lr"])
+            loss = losses[-1]
         # a wait of .5 s on a terminal, 30 s in a file: .item() makes a GPU wait
         if not every and (ddp.rank() or now - self.shown < (.5 if self.live else 30)):
             return
@@ -248,6 +326,19 @@ class Run:
             left = (now - self.began[0]) / max(1, step - self.began[1]) * (self.total - step)
             self.line(f"step {step}/{self.total}  {describe(facts)}  {clock(left)} left", self.live)
 
+    def _refuse_infinite(self, step, losses, lr):
+        bad = (~torch.isfinite(losses)).nonzero()
+        if len(bad):
+            first = int(bad[0])
+            what = f"the loss is {losses[first].item()} at step {step - len(losses) + 1 + first}"
+        elif not torch.isfinite(torch.stack(torch._foreach_norm(self.trained))).all():
+            what = f"the loss is finite at step {step}, but its gradient was not"
+        else:
+            return
+        kept = f"{self.path} is of before" if self.path.exists() else f"{self.out} has no checkpoint"
+        raise SystemExit(f"{what}, learning rate {lr:g}: try a smaller --lr, more --warmup, a larger --temperature, or "
+                         f"--precision fp32; {kept}")
+
     def line(self, text, live=False):
         """A line that the next one overwrites (`live`), or one that stays."""
         if ddp.rank() == 0:
@@ -261,9 +352,12 @@ class Run:
                 file.write(json.dumps({"event": event, "step": step, "time": round(time.time(), 2), **facts}) + "\n")
 
     def events(self):
-        """The log's events; a last line that a kill has cut is none."""
-        lines = (self.out / "log.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        """The log's events; a line that a kill or a full disk has cut is none."""
+        found = []
+        for line in (self.out / "log.jsonl").read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     def value(self, name, which=0):
         """The first, or the `which`-th, value of `name` in the log, or None."""
@@ -279,24 +373,35 @@ class Run:
         self.curves()
         self.waited, self.mark = 0., (time.time(), step)
 
-    def stopping(self, step):
-        """Whether to stop here, the same on every process: asked in each step of one process, every 50 of several."""
-        if ddp.world() > 1 and step % EVERY:
-            return False
-        return ddp.any_process(self.asked, self.device)
+    def stopping(self, step, epoch_ends):
+        """`(leave, save)`: whether the run stops after this step, and whether it is saved; the same on every process."""
+        hear = ddp.world() == 1 or self.device.type == "cpu" or step % HEARD == 0
+        leave = step == self.stop or hear and ddp.any_process(self.asked, self.device)
+        late = time.time() - self.saved >= self.save_seconds
+        return leave, leave or epoch_ends or hear and ddp.any_process(late, self.device)
 
     def save(self, step, **state):
-        """Write checkpoint.pt: to a temporary file, then renamed, so that a whole one is on disk at any moment.
+        """Write checkpoint.pt: to a temporary file, then renamed; the one before stays as previous.pt.
 
-        No random state is in it: whatever is drawn while training is a function of the seed and the step.
+        So a whole one is on disk at any moment. No random state is in it: whatever is drawn while training is a function
+        of the seed and the step. Raises SystemExit, and leaves what there was, if it cannot be written.
         """
+        self.saved, new = time.time(), self.out / "checkpoint.tmp"
         if ddp.rank():
             return
-        path, new = self.out / "checkpoint.pt", self.out / "checkpoint.tmp"
-        torch.save({"settings": json.loads(json.dumps(self.settings)), "step": step, **state}, new)
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
+        try:
+            torch.save({"settings": json.loads(json.dumps(self.settings)), "step": step, **state}, new)
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError):                         # torch makes a RuntimeError of a full disk
+            free = shutil.disk_usage(self.out).free / 2 ** 20
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise SystemExit(f"{new}: step {step} cannot be saved, with {free:.0f} MiB free there: make room; what was saved "
+                             "is whole, and the same command goes on from there")
+        if self.path.exists():
+            os.replace(self.path, self.previous)
+        os.replace(new, self.path)
 
     def knn_line(self):
         """The first and the last kNN of the log, as the last line of a pre-training script."""
@@ -306,6 +411,7 @@ class Run:
     def close(self, step, result):
         """Say how the run ended, last the line `result`; leave with the code for unfinished where it was asked to stop."""
         asked = step < self.total and ddp.any_process(self.asked, self.device)
+        self.log("finished" if step == self.total else "unfinished" if asked else "stopped", step)
         if step < self.total:
             how = "the same command goes on" if asked else "without --max-steps, or with a larger one, it goes on"
             self.line(f"stopped at step {step} of {self.total}, saved in {self.out}; {how}")
@@ -338,6 +444,13 @@ class Run:
             axis.spines[["top", "right"]].set_visible(False)
         figure.suptitle(self.out.name, fontsize=10)
         figure.savefig(self.out / "curves.png", dpi=110)
+
+
+def _replace(path, text):
+    """Write a small file whole or not at all."""
+    new = path.with_suffix(".tmp")
+    new.write_text(text)
+    os.replace(new, path)
 
 
 def _short(value):

@@ -3,10 +3,11 @@
     python results/reproduce.py table1                          # on the embedded textures
     python results/reproduce.py table3 CIFAR10 --seeds 0 1 --jobs 2
     python results/reproduce.py all --dry-run                   # the commands, at all three scales
+    python results/reproduce.py table1 CIFAR10 --as cifar10-short --flags "--arch resnet10 --epochs 20"
 
 Runs the presets through the scripts (under torchrun where there are several GPUs), probes each run, and writes
 results/SCALE/ITEM.json, .md and .png from results/SCALE/runs/*.json, one file per run, which it makes once: killed and
-started again, it goes on. What is one setting in several tables is run once. What was not run says so.
+started again, it goes on. What is one setting in several tables is run once. What was not run says so, with its command.
 """
 
 import contextlib
@@ -15,7 +16,6 @@ import io
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import threading
@@ -33,7 +33,7 @@ import linear_probe  # noqa: E402
 import moco_v2  # noqa: E402
 import simclr  # noqa: E402
 from common import data, train  # noqa: E402
-from results import claims  # noqa: E402
+from results import claims, report  # noqa: E402
 
 MODULES = {"moco_v2": moco_v2, "simclr": simclr, "instdisc": instdisc, "linear_probe": linear_probe}
 COLUMNS = {"imagenet": (512, 65536), "cifar10": (64, 4096), "textures": (16, 1024)}     # K of Table 3
@@ -48,13 +48,13 @@ TABLES = {  # item: rows of (what, preset)
     "table2b": (("jitter 1/8", "table2b-eighth"), ("1/4", "table2b-quarter"), ("1/2", "table2b-half"), ("1", "table2b-full")),
     "table3": (("MoCo v2", "table3"), ("(a) no MLP", "table3a"), ("(b) no blur", "table3b"), ("(c) no cosine", "table3c"),
                ("(d) m = .5", "table3d")),
+    "section3": (("h", "table1"), ("hidden", "table1"), ("z", "table1")),                   # one run, three probes
     "section7": (("MoCo v2", "table3"), ("m = 0", "section7")),
     "section5": (("MoCo v2", "table3"), ("hardest negatives only", "table3 hardest"), ("random ones", "table3 random")),
 }
 CURVES = (("MoCo v2", "moco_v2", ["--preset", "table3"]), ("MoCo v2, hard negatives", "moco_v2",
           ["--preset", "table3", "--negatives", "hard"]), ("MoCo", "moco_v2", ["--preset", "moco-v1"]),
           ("InstDisc", "instdisc", ["--preset", "figure4"]), ("SimCLR", "simclr", ["--preset", "figure4"]))
-COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")
 PICTURES = {"figure2": ("moco_v2 table1", "moco_v2 table1a"), "figure3": ("linear_probe supervised", "moco_v2 table1"),
             "figure5": ("moco_v2 hard",)}
 ITEMS = (*TABLES, "figure4", *PICTURES)
@@ -92,161 +92,111 @@ def cells(item, scale):
 def settings(script, flags, scale):
     """What a command resolves to, without the row's name: equal for what is one setting under two names."""
     module = MODULES[script]
-    args = module.parse_args(flags)
-    scales = module.SCALES if script != "linear_probe" else {k: module.SCALES[k] | module.SUPERVISED[k] for k in module.SCALES}
     with contextlib.redirect_stdout(io.StringIO()):
-        s, _ = train.resolve(script, args, scales, module.PRESETS, scale, aside=("encoder", "quick", "train", "feature"))
+        s, _ = train.resolve(script, module.parse_args(flags), getattr(module, "SUPERVISED", module.SCALES), module.PRESETS,
+                             scale, aside=("encoder", "quick", "train", "feature"))
     return json.dumps({k: v for k, v in vars(s).items() if k != "preset"}, sort_keys=True)
 
 
-def plan(items, scale, seeds):
-    """`(runs, names)`: runs {name: (script, flags)}, each setting once; names {(item, row, column): [a name per seed]}."""
+def plan(items, scale, seeds, more=()):
+    """`(runs, names)`: runs {name: (script, flags)}, each setting once; names {(item, row, column): [a name per seed]}.
+
+    `more` flags are added to each run's.
+    """
     runs, names, known = {}, {}, {}
-    for item in items:
-        for (row, column), (script, flags, _) in cells(item, scale).items():
-            names[item, row, column] = []
-            for seed in seeds:
-                seeded = [*flags, "--seed", str(seed)]
-                name = "-".join([script, *(f.lstrip("-") for f in flags if f not in ("--preset", "--train")), f"seed{seed}"])
-                name = known.setdefault(settings(script, seeded, scale), name)
-                runs.setdefault(name, (script, seeded))
-                names[item, row, column].append(name)
+    for item in ITEMS:                                          # all, so that a setting has one name whatever is asked for
+        for key, (script, flags, _) in cells(item, scale).items():
+            same = known.setdefault(settings(script, [*flags, *more], scale), (script, flags))
+            name = "-".join([script, *(f.lstrip("-") for f in same[1] if f not in ("--preset", "--train"))])
+            for seed in seeds if item in items else ():
+                runs.setdefault(f"{name}-seed{seed}", (script, [*same[1], *more, "--seed", str(seed)]))
+                names.setdefault((item, *key), []).append(f"{name}-seed{seed}")
     return runs, names
 
 
-def commands(name, script, flags, scale, path):
-    """The training command and, but for supervised runs, the probe's: lists of words, from the project's root."""
+def commands(name, script, flags, scale, place, path):
+    """The training command and the probes', but for supervised runs: lists of words, from the project's root."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     launch = ["torchrun", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else ["python"]
-    where, out = [path] if path else [], f"runs/reproduce/{scale}/{name}"
-    found = [[*launch, f"{script}.py", *where, *flags, "--out", out]]
-    if script != "linear_probe":
-        found.append([*launch, "linear_probe.py", *where, *PROBE[scale], "--encoder", f"{out}/checkpoint.pt"])
-    return found
+    where, out = [path] if path else [], f"runs/reproduce/{place}/{name}"
+    probes = [] if script == "linear_probe" else ["h", "hidden", "z"] if flags[1] == "table1" else ["h"]
+    return [[*launch, f"{script}.py", *where, *flags, "--out", out]] + [
+        [*launch, "linear_probe.py", *where, *PROBE[scale], "--encoder", f"{out}/checkpoint.pt",
+         *([] if feature == "h" else ["--feature", feature])] for feature in probes]
 
 
-def execute(name, script, flags, scale, path, description):
+def execute(name, script, flags, scale, place, path, description):
     """Train and probe one run, unless its JSON is there. Returns None, or the log's path if a command failed."""
-    kept = ROOT / f"results/{scale}/runs/{name}.json"
+    kept = ROOT / f"results/{place}/runs/{name}.json"
     if kept.exists():
         return None
-    out, began = ROOT / f"runs/reproduce/{scale}/{name}", time.time()
+    out, found = ROOT / f"runs/reproduce/{place}/{name}", {}
     out.mkdir(parents=True, exist_ok=True)
-    todo = commands(name, script, flags, scale, path)
-    for words in todo:
+    for words in commands(name, script, flags, scale, place, path):
         real = [sys.executable] + (["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[1:])
         with (out / "output.txt").open("a") as log:
             fcntl.flock(log, fcntl.LOCK_EX)                     # the child of a reproduce.py that was killed holds it: wait
             if subprocess.run(real, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode:
                 return out / "output.txt"
+        feature = words[-1] if "--feature" in words else "h"
+        probe = f"probe/quick-{feature}.json" if PROBE[scale] else f"probe{f'-{feature}' * (feature != 'h')}/result.json"
+        if script == "linear_probe" or "--encoder" in words:
+            found[feature] = json.loads((out / ("result.json" if script == "linear_probe" else probe)).read_text())
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
     start = next(e for e in events if e["event"] == "start")
-    probe = out / ("result.json" if script == "linear_probe" else "probe/quick-h.json" if PROBE[scale] else "probe/result.json")
-    found = json.loads(probe.read_text())
+    seconds = sum(b["time"] - a["time"] for a, b in zip(events, events[1:]) if b["event"] != "start")
     protocol = "supervised" if script == "linear_probe" else "quick probe" if PROBE[scale] else "linear probe"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    text = {"name": name, "data": description, "top1": found["top1"], "protocol": protocol, "knn": found.get("knn"),
-            "minutes": round((time.time() - began) / 60, 2),
-            "commands": [shlex.join(words) for words in commands(name, script, flags, scale, PLACEHOLDER[scale])],
+    text = {"name": name, "data": description, "top1": found["h"]["top1"], "protocol": protocol, "knn": found["h"].get("knn"),
+            "features": {k: v["top1"] for k, v in found.items()}, "minutes": round(seconds / 60, 2),
+            "commands": [shlex.join(words) for words in commands(name, script, flags, scale, place, PLACEHOLDER[scale])],
             "settings": {k: v for k, v in start["settings"].items() if k != "data"},
             **{k: start[k] for k in ("device", "processes", "threads", "torch", "python", "commit")}}
+    kept.parent.mkdir(parents=True, exist_ok=True)
     kept.with_suffix(".tmp").write_text(json.dumps(text, indent=1) + "\n")
     os.replace(kept.with_suffix(".tmp"), kept)
     return None
 
 
-def results(names, scale):
+def results(names, place):
     """{(item, row, column): [top-1 of the runs that there are]}."""
     found = {}
     for key, runs in names.items():
-        paths = [ROOT / f"results/{scale}/runs/{name}.json" for name in runs]
-        found[key] = [json.loads(path.read_text())["top1"] for path in paths if path.exists()]
+        kept = [json.loads(p.read_text()) for p in (ROOT / f"results/{place}/runs/{name}.json" for name in runs) if p.exists()]
+        found[key] = [run["features"][key[1]] if key[0] == "section3" else run["top1"] for run in kept]
     return found
 
 
-def show(values, against=None):
-    if not values:
-        return "not run"
-    text = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-    if against and against is not values:
-        text += f" ({statistics.mean(values) - statistics.mean(against):+.2f})"
-    return f"{text}, n = {len(values)}"
-
-
-def markdown(item, scale, found, protocol):
-    """The item as a table: mean ± sd over seeds, the difference to the first row, and the paper's ImageNet number."""
-    table = cells(item, scale)
-    rows, columns = ([*dict.fromkeys(key[i] for key in table)] for i in (0, 1))
-    head = [f"{c}, ours | the paper's" if any(table[r, c][2] for r in rows) else f"{c}, ours" for c in columns]
-    lines = [f"# {item}, scale {scale}", "", f"Top-1 in percent ({protocol}); in brackets the difference to the first row. The "
-             "paper's numbers are for ResNet-50 on ImageNet.", "", f"| | {' | '.join(head)} |",
-             "|---" * (1 + sum(h.count("|") + 1 for h in head)) + "|"]
-    for row in rows:
-        line = [row]
-        for column, title in zip(columns, head):
-            script, flags, paper = table[row, column]
-            base = table[rows[0], column]
-            same = row != rows[0] and settings(script, flags, scale) == settings(*base[:2], scale)
-            first = found[item, rows[0], column] if item != "figure4" else None
-            line.append("n/a (the baseline's setting)" if same else show(found[item, row, column], first))
-            if "|" in title:
-                line.append("" if paper is None else f"{paper}")
-        lines.append(f"| {' | '.join(line)} |")
-    return "\n".join(lines) + "\n"
-
-
-def figure4(path, scale, found):
-    """Accuracy over K, a line a method, bars of one standard deviation, labelled at their ends."""
-    from matplotlib.figure import Figure                        # here: it takes a while to import
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    for (what, _, _), colour in zip(CURVES, COLOURS):
-        points = [(K, found["figure4", what, f"K = {K}"]) for K in LADDER[scale]]
-        points = [(max(30, 2 * (max(16, K // 2) - 1)) if what == "SimCLR" else K, v) for K, v in points if v]
-        if points:
-            x, y = [K for K, _ in points], [statistics.mean(v) for _, v in points]
-            bars = [statistics.stdev(v) if len(v) > 1 else 0 for _, v in points]
-            axis.errorbar(x, y, bars, marker="o", color=colour, capsize=3)
-            axis.annotate(f" {what}", (x[-1], y[-1]), (6, 0), textcoords="offset points", color=colour, va="center")
-    for K in COLUMNS[scale]:                                    # the paper states MoCo v2 at 512 and 65536
-        axis.axvline(K, color="gray", linestyle=":", linewidth=1)
-    axis.set_xscale("log", base=2)
-    axis.margins(x=.25)
-    axis.set(xlabel="K negatives (dotted: Table 3's columns)", ylabel="top-1, %", title=f"Figure 4 at the scale {scale}")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-
-
-def pictures(item, scale, path, names):
+def pictures(item, place, path, names):
     """Draw Figure 2, 3 or 5 from the first seed's runs; returns the exit code."""
-    out, where = ROOT / f"results/{scale}", [path] if path else []
+    out, where = ROOT / f"results/{place}", [path] if path else []
 
     def file(name):
-        return f"runs/reproduce/{scale}/{names[item, name, ''][0]}/checkpoint.pt"
+        return ROOT / f"runs/reproduce/{place}/{names[item, name, ''][0]}/checkpoint.pt"
     if item == "figure5":
-        (out / "figure5.png").write_bytes((ROOT / file("moco_v2 hard")).with_name("figure5.png").read_bytes())
+        (out / "figure5.png").write_bytes(file("moco_v2 hard").with_name("figure5.png").read_bytes())
         return 0
     script, flags = {"figure2": ("dip_inversion.py", {"--head": "moco_v2 table1", "--no-head": "moco_v2 table1a"}),
                      "figure3": ("tsne_aug.py", {"--encoder": "linear_probe supervised", "--compare": "moco_v2 table1"})}[item]
-    words = [script, *where, *(word for flag, name in flags.items() for word in (flag, file(name)))]
+    words = [script, *where, *(str(word) for flag, name in flags.items() for word in (flag, file(name)))]
     return subprocess.run([sys.executable, *words, "--out", str(out)], cwd=ROOT).returncode
 
 
-def write(items, names, scale):
+def write(items, runs, names, scale, place):
     """ITEM.json, ITEM.md and figure4.png from the runs that there are."""
-    found, out = results(names, scale), ROOT / f"results/{scale}"
+    found, out = results(names, place), ROOT / f"results/{place}"
     out.mkdir(parents=True, exist_ok=True)
-    protocol = "supervised rows: their own test accuracy; else the " + ("quick probe" if PROBE[scale] else "linear probe")
     for item in (i for i in items if i not in PICTURES):
-        kept = {f"{row} | {column}": dict(runs=runs, top1=found[key]) for key, runs in names.items() if key[0] == item
-                for _, row, column in [key]}
+        table, mine = cells(item, scale), {key: of for key, of in names.items() if key[0] == item}
+        left = dict.fromkeys(name for of in mine.values() for name in of if not (out / f"runs/{name}.json").exists())
+        missing = [commands(name, *runs[name], scale, place, PLACEHOLDER[scale])[0] for name in left]
+        kept = {f"{row} | {column}": dict(runs=of, top1=found[item, row, column]) for (_, row, column), of in mine.items()}
         (out / f"{item}.json").write_text(json.dumps({"item": item, "scale": scale, "cells": kept}, indent=1) + "\n")
-        (out / f"{item}.md").write_text(markdown(item, scale, found, protocol))
+        (out / f"{item}.md").write_text(report.markdown(item, table, names, found, missing, bool(PROBE[scale])))
         print((out / f"{item}.md").read_text())
         if item == "figure4":
-            figure4(out / "figure4.png", scale, found)
+            report.figure4(out / "figure4.png", place, found, COLUMNS[scale])
     if set(CLAIMED) <= set(items):
-        (out / "claims.md").write_text(f"# The paper's claims, scale {scale}\n\n{claims.table(found, out)}")
+        (out / "claims.md").write_text(f"# The paper's claims, {place}\n\n{claims.table(found, out)}")
         print((out / "claims.md").read_text())
 
 
@@ -255,9 +205,17 @@ def parse_args(argv=None):
     parser.add_argument("item", choices=(*ITEMS, "claims", "all"))
     parser.add_argument("data", nargs="?", metavar="DATA")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="n")
-    parser.add_argument("--jobs", type=int, default=1, metavar="n", help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, metavar="n", help="runs at a time, which share the cores")
+    parser.add_argument("--flags", type=shlex.split, default=[], metavar="'--epochs n ...'", help="for every run; wants --as")
+    parser.add_argument("--as", dest="place", metavar="NAME", help="a folder under results/ for it, instead of the scale's")
+    parser.add_argument("--collect", action="store_true", help="run nothing; write the tables from the runs that there are")
     parser.add_argument("--dry-run", action="store_true", help="print the commands; without DATA, those of all three scales")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.flags and not args.place:
+        parser.error("--flags: these runs are not the scale's own; name a folder for them with --as")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: expected 1 or more")
+    return args
 
 
 def main(argv=None):
@@ -265,48 +223,49 @@ def main(argv=None):
     items = {"all": ITEMS, "claims": CLAIMED}.get(args.item, (args.item,))
     if args.dry_run and not args.data:
         for scale, path in PLACEHOLDER.items():
-            dry(items, scale, args.seeds, path)
+            dry(plan(items, scale, args.seeds, args.flags)[0], scale, args.place or scale, path)
         return
     path = args.data and str(Path(args.data).expanduser().resolve())
     dataset = data.open_data(path)
-    scale = dataset.scale
+    scale, place = dataset.scale, args.place or dataset.scale
     if dataset.test is None:
         raise SystemExit(f"{args.data}: labels are needed, in train/<class>/ and in val/<class>/ or test/<class>/")
+    runs, names = plan(items, scale, args.seeds, args.flags)
     if args.dry_run:
-        return dry(items, scale, args.seeds, path)
-    runs, names = plan(items, scale, args.seeds)
-    for kept in (ROOT / f"results/{scale}/runs").glob("*.json"):
+        return dry(runs, scale, place, path)
+    for kept in (ROOT / f"results/{place}/runs").glob("*.json"):
         there = json.loads(kept.read_text())["data"]
         if there != dataset.description:
-            raise SystemExit(f"results/{scale} holds runs of other data ({there}), not of {dataset.description}; move it away")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // max(1, args.jobs))))  # shared by the jobs
+            raise SystemExit(f"results/{place} holds runs of other data ({there}), not of {dataset.description}; move it away")
+    if args.collect:
+        return write(items, runs, names, scale, place)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.jobs)))
     began, done, failed, lock = time.time(), 0, [], threading.Lock()
+    there = {name for name in runs if (ROOT / f"results/{place}/runs/{name}.json").exists()}
 
     def one(entry):
         nonlocal done
         name, (script, flags) = entry
-        there = (ROOT / f"results/{scale}/runs/{name}.json").exists()
-        log = execute(name, script, flags, scale, path, dataset.description)
+        log = execute(name, script, flags, scale, place, path, dataset.description)
         with lock:
             done += 1
             failed.extend([(name, log)] if log else [])
-            left = (time.time() - began) / done * (len(runs) - done)
-            print(f"{done}/{len(runs)}  {name}  {f'failed, see {log}' if log else 'there already' if there else 'done'}  "
-                  f"{train.clock(left)} left", flush=True)
-    with ThreadPoolExecutor(max(1, args.jobs)) as pool:
-        list(pool.map(one, runs.items()))
-    failed += [(item, "its output above") for item in items if item in PICTURES and pictures(item, scale, path, names)]
-    write(items, names, scale)
+            left = (time.time() - began) / max(1, done - len(there)) * (len(runs) - done)
+            print(f"{done}/{len(runs)}  {name}  {f'failed, see {log}' if log else 'there already' if name in there else 'done'}"
+                  f"  {train.clock(left)} left", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(one, sorted(runs.items(), key=lambda entry: entry[0] not in there)))
+    failed += [(item, "its output above") for item in items if item in PICTURES and pictures(item, place, path, names)]
+    write(items, runs, names, scale, place)
     for name, log in failed:
         print(f"failed: {name}, see {log}")
     sys.exit(1 if failed else 0)
 
 
-def dry(items, scale, seeds, path):
-    runs, _ = plan(items, scale, seeds)
+def dry(runs, scale, place, path):
     print(f"# scale {scale}: {len(runs)} runs")
     for name, (script, flags) in runs.items():
-        for words in commands(name, script, flags, scale, path):
+        for words in commands(name, script, flags, scale, place, path):
             print(shlex.join(words))
 
 

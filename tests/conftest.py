@@ -16,6 +16,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="many more faults, and two nodes: a quarter of an hour")
+
+
 def run(*argv, cwd, torchrun=0, check=True, **env):
     """Run a script of the project in `cwd`, as a user would, and return the finished process."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] \

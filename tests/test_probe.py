@@ -231,22 +231,6 @@ def test_torchvisions_weights_are_fetched_by_name_alone(tmp_path, monkeypatch):
     assert settings["arch"] == "resnet18" and torch.equal(encoder.g[0].weight, net.fc.weight)
 
 
-class Evil:
-    def __reduce__(self):
-        return open, ("evil", "w")
-
-
-@pytest.mark.parametrize("kind", ["v2", "torchvision"])
-def test_a_strangers_pickle_runs_nothing(tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(tmp_path)
-    _, saved = elsewhere(kind)
-    saved["epoch"] = Evil()
-    torch.save(saved, "file.pth")
-    with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
-        load_encoder("file.pth")
-    assert [p.name for p in tmp_path.iterdir()] == ["file.pth"]
-
-
 def test_bad_input_gets_one_line(made, tmp_path, inside, capsys):
     images, encoder = made / "images", ["--encoder", str(made / "moco/checkpoint.pt")]
     def folder(name):

@@ -7,6 +7,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import dip_inversion
@@ -15,7 +16,7 @@ import linear_probe
 import moco_v2
 import simclr
 import tsne_aug
-from results import claims, reproduce
+from results import claims, readme, reproduce
 
 SCRIPTS = {f"{m.__name__}.py": m for m in (dip_inversion, instdisc, linear_probe, moco_v2, simclr, tsne_aug)}
 
@@ -76,19 +77,24 @@ def test_tables_and_figure_4_are_written_from_the_runs_that_there_are(tmp_path, 
     """Every claim finds its cells at every scale, and with all of them run there is a verdict for each."""
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     runs, names = reproduce.plan(reproduce.CLAIMED, scale, [0, 1])
-    reproduce.write(reproduce.CLAIMED, names, scale)
-    out = tmp_path / f"results/{scale}"
-    assert (out / "claims.md").read_text().count("| not run |") == 19 + 3 + 4 and "± " not in (out / "table1.md").read_text()
+    reproduce.write(reproduce.CLAIMED, runs, names, scale, "here")
+    out = tmp_path / "results/here"
+    assert (out / "claims.md").read_text().count("| not run |") == 21 + 3 + 3 and "± " not in (out / "table1.md").read_text()
+    left = re.findall(r"Not run: `(?:python|torchrun .*) \w+\.py (.*)`", (out / "table1.md").read_text())
+    assert len(left) == 10 and "--preset table1c --seed 1 --out runs/reproduce/here/moco_v2-table1c-seed1" in " ".join(left)
     rng = np.random.default_rng(0)
     (out / "runs").mkdir()
     for i, name in enumerate(runs):
-        (out / f"runs/{name}.json").write_text(json.dumps({"top1": 50 + i // 2 + rng.normal(0, .1)}))
-    reproduce.write(reproduce.CLAIMED, names, scale)
+        top1 = 50 + i // 2 + rng.normal(0, .1)
+        features = {"h": top1, "hidden": top1 - 20, "z": top1 - 10}
+        (out / f"runs/{name}.json").write_text(json.dumps({"top1": top1, "features": features}))
+    reproduce.write(reproduce.CLAIMED, runs, names, scale, "here")
     table = (out / "table1.md").read_text()
     assert re.search(r"\| \(a\) without head \| 51\.\d\d ± 0\.\d\d \(\+[01]\.\d\d\), n = 2 \| 59\.2 \|", table), table
+    assert "Not run" not in table and "(-20.00)" in (out / "section3.md").read_text()
     assert ("n/a" in (out / "table3.md").read_text()) == (scale != "imagenet")
     text = (out / "claims.md").read_text()
-    assert text.count("| not run |") == 3 + 4 and "contradicted" in text and "n = 2/2" in text
+    assert text.count("| not run |") == 3 + 3 and "contradicted" in text and "n = 2/2" in text
     assert re.search(r"a fixed random head beats none .* \+\d", text)
     with Image.open(out / "figure4.png") as picture:
         assert picture.size[0] > 700
@@ -101,26 +107,62 @@ def test_a_run_is_kept_once_and_a_failed_one_is_named(tmp_path, monkeypatch, cap
         "import json, sys, pathlib\n"
         "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
         "if 'table1c' in sys.argv: print('lost'); sys.exit(1)\n"
-        "start = dict(event='start', settings={}, device='x', processes=1, threads=1, torch='1', python='3', commit='c')\n"
-        "(out / 'log.jsonl').write_text(json.dumps(start) + '\\n' + '{cut')\n"
+        "start = dict(event='start', time=0, settings={}, device='', processes=1, threads=1, torch='', python='', commit='')\n"
+        "log = [start, dict(event='step', time=60), dict(event='start', time=900), dict(event='step', time=930)]\n"
+        "(out / 'log.jsonl').write_text(''.join(json.dumps(e) + '\\n' for e in log) + '{cut')\n"
         "(out / 'probe').mkdir(exist_ok=True)\n")
     (tmp_path / "linear_probe.py").write_text(
         "import json, sys, pathlib\n"
         "out = pathlib.Path(sys.argv[sys.argv.index('--encoder') + 1]).parent\n"
         "with open('calls', 'a') as f: f.write('x')\n"
-        "(out / 'probe/quick-h.json').write_text(json.dumps(dict(top1=70.5, knn=60.)))\n")
+        "feature = sys.argv[sys.argv.index('--feature') + 1] if '--feature' in sys.argv else 'h'\n"
+        "(out / f'probe/quick-{feature}.json').write_text(json.dumps(dict(top1=70.5 - len(feature), knn=60.)))\n")
     for _ in range(2):
         with pytest.raises(SystemExit) as error:
             reproduce.main(["table1", "--jobs", "2"])
         out = capsys.readouterr().out
         assert error.value.code == 1 and "failed: moco_v2-table1c-seed0, see" in out
         assert "| (c) more hidden layers | not run" in out
-        assert "| (d) narrow | 70.50 (+0.00), n = 1 | 62.2 |" in out
-    assert "there already" in out and (tmp_path / "calls").read_text() == "xxxx"
+        assert "| (d) narrow | 69.50 (+0.00), n = 1 | 62.2 |" in out
+        assert "Not run: `python moco_v2.py --preset table1c --seed 0 --out" in out
+    assert "there already" in out and (tmp_path / "calls").read_text() == "xxxxxx"       # the baseline is probed on z too
     kept = json.loads((tmp_path / "results/textures/runs/moco_v2-table1a-seed0.json").read_text())
     assert kept["commands"][0].startswith("python moco_v2.py --preset table1a --seed 0 --out runs/reproduce/textures/")
-    assert kept["data"].startswith("embedded textures")
+    assert kept["data"].startswith("embedded textures") and kept["minutes"] == 1.5
+    reproduce.main(["section3", "--collect"])
+    assert "| hidden | 64.50 (-5.00), n = 1 |" in capsys.readouterr().out
+    for argv, line in ((["table1", "--flags", "--epochs 2"], "name a folder for them with --as"),
+                       (["table1", "--jobs", "0"], "--jobs 0: expected 1")):
+        with pytest.raises(SystemExit):
+            reproduce.main(argv)
+        assert line in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        reproduce.main(["table1", "--flags", "--epochs 2", "--as", "short"])
+    assert "--epochs 2 --seed 0 --out runs/reproduce/short/" in json.loads(
+        (tmp_path / "results/short/runs/moco_v2-table1-seed0.json").read_text())["commands"][0]
     (tmp_path / "results/textures/runs/other.json").write_text(json.dumps({"data": "photographs"}))
     with pytest.raises(SystemExit, match="holds runs of other data .photographs., not of embedded textures"):
         reproduce.main(["table1"])
     assert "lost" in (tmp_path / "runs/reproduce/textures/moco_v2-table1c-seed0/output.txt").read_text()
+
+
+def test_the_readme_says_what_was_run():
+    text = (ROOT / "README.md").read_text()
+    assert readme.fill(text) == text, "python results/readme.py"
+    line = "| Table 3, MoCo v2, K = 65536 | `python moco_v2.py IMAGENET --preset table3 --K 65536` | 67.5 |"
+    assert readme.fill(line) == readme.fill(f"{line} 99.9 | | |") != line
+
+
+def test_readme_cells_are_the_runs_of_their_setting(tmp_path, monkeypatch):
+    """One run under two names; Table 3's columns are each scale's; a row that changes nothing has no number of its own."""
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    for place, name, top1 in (("imagenet", "moco_v2-table1-seed0", 60.), ("imagenet", "moco_v2-table1-seed1", 62.),
+                              ("textures", "moco_v2-table1a-seed0", 70.)):
+        (tmp_path / f"results/{place}/runs").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"results/{place}/runs/{name}.json").write_text(json.dumps({"top1": top1}))
+    assert readme.ours("moco_v2", ["--preset", "table2b-half"]) == ["61.00 ± 1.41, n = 2", "not run", "not run"]
+    assert readme.ours("moco_v2", ["--preset", "table3a", "--K", "65536"])[2] == "70.00, n = 1"
+    assert readme.ours("moco_v2", ["--preset", "table3b", "--K", "512"])[2] == "n/a"
+    (tmp_path / "results/a.md").write_text("# a\n\n| x |\n|---|\nNot run: y\n")
+    block = "<!-- results/a.md -->\nold\n<!-- end -->\n"
+    assert readme.fill(block) == "<!-- results/a.md -->\n| x |\n|---|\n<!-- end -->\n"

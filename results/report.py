@@ -1,0 +1,69 @@
+"""What was run, as tables beside the paper's numbers, and as Figure 4."""
+
+import math
+import shlex
+import statistics
+
+COLOURS = {"MoCo v2": "#0072B2", "MoCo v2, hard negatives": "#56B4E9", "MoCo": "#E69F00", "InstDisc": "#D55E00",
+           "SimCLR": "#009E73"}
+
+
+def show(values, against=None):
+    if not values:
+        return "not run"
+    text = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    if against and against is not values:
+        text += f" ({statistics.mean(values) - statistics.mean(against):+.2f})"
+    return f"{text}, n = {len(values)}"
+
+
+def markdown(item, table, names, found, missing, quick):
+    """The item as a table: mean ± sd over seeds, the difference to the first row, and the paper's ImageNet number.
+
+    `table` are its cells, `names` the runs of each, `found` their top-1, `missing` the commands (lists of words) of those
+    that were not run.
+    """
+    rows, columns = ([*dict.fromkeys(key[i] for key in table)] for i in (0, 1))
+    head = [f"{c}, ours | the paper's" if any(table[r, c][2] for r in rows) else f"{c}, ours" for c in columns]
+    lines = [f"# {item}", "", "Top-1 in percent (supervised rows: their own test accuracy; else the "
+             f"{'quick' if quick else 'linear'} probe's); in brackets the difference to the first row. The "
+             "paper's numbers are for ResNet-50 on ImageNet.", "", f"| | {' | '.join(head)} |",
+             "|---" * (1 + sum(h.count("|") + 1 for h in head)) + "|"]
+    for row in rows:
+        line = [row]
+        for column, title in zip(columns, head):
+            key, first, paper = (item, row, column), (item, rows[0], column), table[row, column][2]
+            same = row != rows[0] and names[key] == names[first] and item != "section3"
+            line.append("n/a (the baseline's setting)" if same else
+                        show(found[key], found[first] if item != "figure4" else None))
+            if "|" in title:
+                line.append("" if paper is None else f"{paper}")
+        lines.append(f"| {' | '.join(line)} |")
+    return "\n".join(lines + [""] + [f"Not run: `{shlex.join(words)}`" + "\n" for words in missing]) + "\n"
+
+
+def figure4(path, place, found, columns):
+    """Accuracy over K, a line a method, bars of one standard deviation, labels at their ends; `columns` are Table 3's K."""
+    from matplotlib.figure import Figure                        # here: it takes a while to import
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis, curves = figure.subplots(), {}
+    for (item, what, column), values in found.items():
+        if item == "figure4" and values:
+            K = int(column.split()[-1])
+            K = 2 * (max(16, K // 2) - 1) if what == "SimCLR" else K                        # K = 2 (N - 1)
+            curves.setdefault(what, []).append((K, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0))
+    last = sorted((points[-1][1], what) for what, points in curves.items())
+    low, high = (f(y for points in curves.values() for _, y, _ in points) for f in (min, max)) if curves else (0, 100)
+    at = -math.inf
+    for (y, what) in last:                                      # the lowest label first, each a line above the one below
+        at = max(y, at + .05 * max(high - low, 1))
+        K, mean, spread = zip(*curves[what])
+        axis.errorbar(K, mean, spread, marker="o", color=COLOURS[what], capsize=3)
+        axis.annotate(what, (K[-1], y), (max(columns) * 1.25, at), color=COLOURS[what], va="center", annotation_clip=False)
+    for K in columns:                                           # where the paper states MoCo v2's accuracies
+        axis.axvline(K, color="gray", linestyle=":", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xlim(min(columns) / 1.5, max(columns) * 6)
+    axis.set(xlabel="K negatives (dotted: Table 3's columns)", ylabel="top-1, %", title=f"Figure 4, {place}")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
