@@ -49,7 +49,7 @@ def fill(text):
     """The README's `text` with what was run."""
     def line(match):
         return " | ".join([match[1], *ours(match[2], shlex.split(match[3]))]) + " |"
-    text = re.sub(r"^(\| [^|\n]+ \| `python (\w+)\.py IMAGENET ([^`\n]*)` \| [^|\n]+?) \|.*$", line, text, flags=re.MULTILINE)
+    text = re.sub(r"^(\| [^|\n]+ \| `python (moco_v2|simclr|instdisc|linear_probe)\.py IMAGENET ([^`\n]*)` \| [^|\n]+?) \|.*$", line, text, flags=re.MULTILINE)
 
     def table(match):
         path = ROOT / match[1]
