@@ -49,7 +49,8 @@ def fill(text):
     """The README's `text` with what was run."""
     def line(match):
         return " | ".join([match[1], *ours(match[2], shlex.split(match[3]))]) + " |"
-    text = re.sub(r"^(\| [^|\n]+ \| `python (moco_v2|simclr|instdisc|linear_probe)\.py IMAGENET ([^`\n]*)` \| [^|\n]+?) \|.*$", line, text, flags=re.MULTILINE)
+    row = r"^(\| [^|\n]+ \| `python (moco_v2|simclr|instdisc|linear_probe)\.py IMAGENET ([^`\n]*)` \| [^|\n]+?) \|.*$"
+    text = re.sub(row, line, text, flags=re.MULTILINE)
 
     def table(match):
         path = ROOT / match[1]
