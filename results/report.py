@@ -42,8 +42,11 @@ def markdown(item, table, names, found, missing, quick):
     return "\n".join(lines + [""] + [f"Not run: `{shlex.join(words)}`" + "\n" for words in missing]) + "\n"
 
 
-def figure4(path, place, found, columns):
-    """Accuracy over K, a line a method, bars of one standard deviation, labels at their ends; `columns` are Table 3's K."""
+def figure4(path, place, found, columns, paper=None):
+    """Accuracy over K, a line a method, bars of one standard deviation, labels at their ends.
+
+    `columns` are Table 3's K, `paper` what the paper states for MoCo v2 there; None at another scale than its own.
+    """
     from matplotlib.figure import Figure                        # here: it takes a while to import
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis, curves = figure.subplots(), {}
@@ -52,18 +55,23 @@ def figure4(path, place, found, columns):
             K = int(column.split()[-1])
             K = 2 * (max(16, K // 2) - 1) if what == "SimCLR" else K                        # K = 2 (N - 1)
             curves.setdefault(what, []).append((K, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0))
-    last = sorted((points[-1][1], what) for what, points in curves.items())
-    low, high = (f(y for points in curves.values() for _, y, _ in points) for f in (min, max)) if curves else (0, 100)
-    at = -math.inf
-    for (y, what) in last:                                      # the lowest label first, each a line above the one below
-        at = max(y, at + .05 * max(high - low, 1))
-        K, mean, spread = zip(*curves[what])
-        axis.errorbar(K, mean, spread, marker="o", color=COLOURS[what], capsize=3)
-        axis.annotate(what, (K[-1], y), (max(columns) * 1.25, at), color=COLOURS[what], va="center", annotation_clip=False)
-    for K in columns:                                           # where the paper states MoCo v2's accuracies
+    for i, (what, points) in enumerate(curves.items()):
+        K, mean, spread = zip(*points)
+        aside = [k * 1.03 ** (i - len(curves) // 2) for k in K]                             # or the bars would hide each other
+        axis.errorbar(aside, mean, spread, marker="o", color=COLOURS[what], capsize=3)
+    at, (low, high), ends = -math.inf, axis.get_ylim(), [K for points in curves.values() for K, _, _ in points] or columns
+    for y, what in sorted((points[-1][1], what) for what, points in curves.items()):
+        at = max(y, at + .05 * (high - low))                    # the lowest label first, each a line above the one below
+        axis.text(max(ends) * 1.3, at, what, color=COLOURS[what], va="center")
+    for K in columns:
         axis.axvline(K, color="gray", linestyle=":", linewidth=1)
+    if paper:
+        axis.plot(columns, paper, "o", color=COLOURS["MoCo v2"], fillstyle="none", markersize=9)
+        axis.annotate("the paper, Table 3", (columns[0], paper[0]), (6, 8), textcoords="offset points", fontsize=8)
     axis.set_xscale("log", base=2)
-    axis.set_xlim(min(columns) / 1.5, max(columns) * 6)
+    axis.set_xlim(min(ends) / 1.5, max(ends) * (max(ends) / min(ends)) ** .35)
+    axis.set_xticks(sorted({K for K in ends if K & (K - 1) == 0} or columns), minor=False)
+    axis.get_xaxis().set_major_formatter(lambda K, _: f"{K:.0f}")
     axis.set(xlabel="K negatives (dotted: Table 3's columns)", ylabel="top-1, %", title=f"Figure 4, {place}")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

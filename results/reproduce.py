@@ -194,7 +194,8 @@ def write(items, runs, names, scale, place):
         (out / f"{item}.md").write_text(report.markdown(item, table, names, found, missing, bool(PROBE[scale])))
         print((out / f"{item}.md").read_text())
         if item == "figure4":
-            report.figure4(out / "figure4.png", place, found, COLUMNS[scale])
+            paper = moco_v2.PRESETS["table3"]["paper"] if scale == "imagenet" else None
+            report.figure4(out / "figure4.png", place, found, COLUMNS[scale], paper)
     if set(CLAIMED) <= set(items):
         (out / "claims.md").write_text(f"# The paper's claims, {place}\n\n{claims.table(found, out)}")
         print((out / "claims.md").read_text())
