@@ -411,7 +411,8 @@ class Run:
     def close(self, step, result):
         """Say how the run ended, last the line `result`; leave with the code for unfinished where it was asked to stop."""
         asked = step < self.total and ddp.any_process(self.asked, self.device)
-        self.log("finished" if step == self.total else "unfinished" if asked else "stopped", step)
+        if self.start < self.total:
+            self.log("finished" if step == self.total else "unfinished" if asked else "stopped", step)
         if step < self.total:
             how = "the same command goes on" if asked else "without --max-steps, or with a larger one, it goes on"
             self.line(f"stopped at step {step} of {self.total}, saved in {self.out}; {how}")
