@@ -255,6 +255,8 @@ def prepare(args):
         folder = "probe" if s.feature == "h" else f"probe-{s.feature}"
         if not args.out:
             out = Path(name).parent / folder if Path(name).is_file() else Path(f"{out}-{name.replace(':', '-')}-{s.feature}")
+        if out.resolve() == Path(name).resolve().parent:
+            raise SystemExit(f"--out {out}: holds the encoder that is probed; choose another")
     s.dim, s.data = len(dataset.classes), dataset.path
     return s, out, dataset, frozen
 

@@ -310,10 +310,10 @@ def main(argv=None):
             ddp.average_buffers(encoder_k)
             if not inside:
                 run.epoch(epoch, knn=monitor() if epoch % max(1, s.epochs // s.looks) == 0 or done == run.total else None)
-            run.save(done, f=encoder_q.f.state_dict(), g=encoder_q.g.state_dict(), encoder_k=encoder_k.state_dict(),
-                     queue=queue, optimizer=optimizer.state_dict())
             if done == run.total and F is not None and not ddp.rank():
                 draw_figure5(run.out / "figure5.png", encoder_q, queue, F, dataset.train, s, done, device)
+            run.save(done, f=encoder_q.f.state_dict(), g=encoder_q.g.state_dict(), encoder_k=encoder_k.state_dict(),
+                     queue=queue, optimizer=optimizer.state_dict())
         if leave:
             break
     run.close(done, run.knn_line())

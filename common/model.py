@@ -131,6 +131,10 @@ class Encoder(nn.Module):
         return self.g[:next(i for i, m in enumerate(self.g, 1) if isinstance(m, nn.ReLU))](h)
 
 
+class Damaged(SystemExit):
+    """A file that was a checkpoint once, as far as one can tell."""
+
+
 def load_state(module, state, what):
     """Load `state` into `module`; every tensor must be there in its shape, and nothing else.
 
@@ -140,8 +144,9 @@ def load_state(module, state, what):
     for name, tensor in wanted.items():
         if name not in state:
             raise SystemExit(f"{what}: tensor {name} is missing")
-        if state[name].shape != tensor.shape:
-            raise SystemExit(f"{what}: tensor {name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
+        shape = getattr(state[name], "shape", "none")
+        if shape != tensor.shape:
+            raise SystemExit(f"{what}: tensor {name} has shape {tuple(shape)}, not {tuple(tensor.shape)}")
     for name in state:
         if name not in wanted:
             raise SystemExit(f"{what}: tensor {name} does not belong to this network")
@@ -165,7 +170,8 @@ def restore(state, optimizer, **parts):
             part.copy_(saved)
     try:
         optimizer.load_state_dict(state["optimizer"])
-        fits = all(v.shape == p.shape for p, of in optimizer.state.items() for v in of.values() if v is not None)
+        fits = all(v.shape == p.shape for group in optimizer.param_groups for p in group["params"]
+                   for v in (optimizer.state[p] or {"none": None}).values())
     except (ValueError, KeyError, TypeError, AttributeError):   # torch raises many kinds for another optimiser's state
         fits = False
     if not fits:
@@ -175,8 +181,8 @@ def restore(state, optimizer, **parts):
 def read_checkpoint(path, needs):
     """A checkpoint as a dict, on the CPU, without running any code that it may hold.
 
-    Raises SystemExit where the file is missing, damaged (its checksums are looked at), would run code, or lacks one of
-    `needs`, {name: type}.
+    Raises SystemExit where the file is missing, would run code, or lacks one of `needs`, {name: type}; Damaged where its
+    checksums are wrong or it cannot be read for another reason of its own.
     """
     checkpoint = _read(path)
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), of) for k, of in needs.items()):
@@ -194,13 +200,17 @@ def _read(path):
         raise SystemExit(f"{path}: no such file; expected a checkpoint.pt of one of the training scripts")
     except IsADirectoryError:
         raise SystemExit(f"{path}: a folder; name the checkpoint.pt in it")
+    except OSError as error:                                    # the disk's fault, which says nothing of the file
+        raise SystemExit(f"{path}: cannot be opened ({error.strerror})")
+    except MemoryError:
+        raise
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)|Trying to load unsupported GLOBAL (\S+)", str(error))
         if code:
             raise SystemExit(f"{path}: refused: reading it would run code ({code[1] or code[2]}); nothing of it was used")
     except Exception:                                           # torch and zipfile raise many kinds for a file that is none
         pass
-    raise SystemExit(f"{path}: cannot be read as a checkpoint: cut short, damaged or none at all; nothing of it was used")
+    raise Damaged(f"{path}: cannot be read as a checkpoint: cut short, damaged or none at all; nothing of it was used")
 
 
 def load_encoder(path, arch=None, seed=0):
@@ -223,9 +233,13 @@ def load_encoder(path, arch=None, seed=0):
         saved = _foreign(weights, path)
     else:
         saved = _read(path)
-        if isinstance(saved, dict) and "f" not in saved and "settings" not in saved:
-            saved = _foreign(saved, path)
-        elif not isinstance(saved, dict) or not {"f", "g", "settings"} <= saved.keys():
+        try:
+            if "f" not in saved and "settings" not in saved:
+                saved = _foreign(saved, path)
+            named = all(isinstance(saved[k], dict) for k in ("f", "g", "settings"))
+        except (AttributeError, TypeError, KeyError):           # not even dicts of tensors
+            named = False
+        if not named:
             raise SystemExit(f"{path}: holds no encoder (it lacks f, g or settings)")
     settings = saved["settings"]
     for name in ("arch", "head", "dim"):

@@ -48,7 +48,7 @@ def add_flags(parser, presets, without=()):
     add("--seed", type=int, metavar="n")
     add("--epochs", type=int, metavar="n")
     add("--max-steps", type=int, metavar="n", help="stop after this step of the run; the schedule stays as it is")
-    add("--save-minutes", type=_minutes, default=30., metavar="t", help="save this often, and after each epoch (default: 30)")
+    add("--save-minutes", type=minutes, default=30., metavar="t", help="save this often, and after each epoch (default: 30)")
     add("--batch-size", type=int, metavar="n", help="images of all processes together")
     add("--lr", type=float, help="learning rate of this batch (default: the scale's, scaled with the batch)")
     add("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up")
@@ -59,7 +59,7 @@ def add_flags(parser, presets, without=()):
     add("--compile", action="store_true", help="torch.compile the encoders")
 
 
-def _minutes(text):
+def minutes(text):
     if not float(text) >= 0:
         raise argparse.ArgumentTypeError(f"{text}: expected 0 (every step) or more")
     return float(text)
@@ -136,8 +136,10 @@ def _good_at_bf16():
 def check(s, n_images, max_steps=None, workers=0, drop_last=True):
     """Raise SystemExit with one line if settings `s` make no sense.
 
-    With `drop_last`, also if a batch cannot be made of `n_images` images, processes and groups.
+    With `drop_last`, also if a batch cannot be made of `n_images` images, processes and groups. Their number becomes a
+    setting: with more or fewer images it is another run.
     """
+    s.images = n_images
     world, bn_group = ddp.world(), getattr(s, "bn_group", 1)
     unit = bn_group * world
     for name in ("epochs", "batch_size", "bn_group"):
@@ -219,6 +221,8 @@ class Run:
         if ddp.rank() and self.path.exists():
             self.state = model.read_checkpoint(self.path, CHECKPOINT)
         self.start = self.state["step"] if self.state else 0
+        for number in (signal.SIGTERM, signal.SIGINT):          # finish the step
+            signal.signal(number, lambda *_: setattr(self, "asked", True))
 
     def _claim(self, fresh):
         """What one process does: lock `out`, find the newest whole checkpoint, cut the log. Returns why not, or None."""
@@ -239,47 +243,51 @@ class Run:
         self.lock.truncate(0)
         print(f"process {os.getpid()} on {platform.node()}", end="", file=self.lock, flush=True)
         try:
-            self.state = None if fresh else self._newest()
+            path, refusal = (None, None) if fresh else self._newest()
         except SystemExit as error:
             return f"{error}; --fresh starts anew"
         if self.state and (other := self._other_settings()):
             return f"--out {self.out}: holds a run of other settings ({other}); choose another, or --fresh to overwrite it"
+        if path == self.previous:                               # or the next save would put the damaged one in its place
+            say(f"{refusal or f'{self.path} is missing'}: going on from the one before, {path}")
+            if self.path.exists():
+                os.replace(self.path, self.out / "damaged.pt")
+            os.replace(path, self.path)
         for path in (self.path, self.previous) if fresh else ():
             path.unlink(missing_ok=True)
+        if not (fresh or self.state) and any(e["event"] == "epoch" and e["step"] for e in self.events()):
+            say(f"note: {self.out} has a log but no checkpoint: it begins anew, and that log is kept as log.old.jsonl")
+            shutil.copy(self.out / "log.jsonl", self.out / "log.old.jsonl")
         # what the log says of steps to be done again, goes
         kept = [e for e in self.events() if self.state and e["step"] <= self.state["step"]]
         _replace(self.out / "log.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
 
     def _newest(self):
-        """The newest whole checkpoint, in its place, or None if there is none. Raises SystemExit if all are damaged."""
+        """`(path, refusal)` of the newest whole checkpoint, which becomes `state`, and of a damaged one, or None."""
         refusal = None
         for path in (self.path, self.previous):
             try:
                 if path.exists():
-                    state = model.read_checkpoint(path, CHECKPOINT)
-                    if path == self.previous:                   # or the next save would put the damaged one in its place
-                        say(f"{refusal or f'{self.path} is missing'}: going on from the one before, {path}")
-                        os.replace(path, self.path)
-                    return state
-            except SystemExit as error:
+                    self.state = model.read_checkpoint(path, CHECKPOINT)
+                    return path, refusal
+            except model.Damaged as error:
                 refusal = refusal or error
         if refusal:
             raise refusal
+        return None, None
 
     def _other_settings(self):
         saved = self.state["settings"]
         plain = json.loads(json.dumps(self.settings))
-        return "; ".join(f"{k} {saved.get(k)} there, {plain.get(k)} now" for k in {**saved, **plain}
-                         if saved.get(k) != plain.get(k))
+        if not 0 <= self.state["step"] <= self.total:
+            return f"step {self.state['step']} there, of {self.total} now"
+        # where the images lie is no setting; of another script its name is enough
+        keys = ("script",) if saved.get("script") != plain["script"] else {**saved, **plain, "data": 0}.keys() - {"data"}
+        return "; ".join(f"{k} {saved.get(k)} there, {plain.get(k)} now" for k in sorted(keys) if saved.get(k) != plain.get(k))
 
     def open(self, optimizer, *lines):
-        """Say how the run begins, write it to the log, and from now on finish the step on SIGTERM and SIGINT.
-
-        Of what `optimizer` trains, nothing is saved that is not finite.
-        """
+        """Say how the run begins, and write it to the log. Of what `optimizer` trains, nothing is saved that is not finite."""
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(self, "asked", True))
         say("  ".join(f"{k}={_short(v)}" for k, v in self.settings.items() if k not in ("script", "data")))
         for text in lines:
             say(text)
@@ -337,7 +345,7 @@ class Run:
             return
         kept = f"{self.path} is of before" if self.path.exists() else f"{self.out} has no checkpoint"
         raise SystemExit(f"{what}, learning rate {lr:g}: try a smaller --lr, more --warmup, a larger --temperature, or "
-                         f"--precision fp32; {kept}")
+                         f"--precision fp32, each a run of its own; {kept}")
 
     def line(self, text, live=False):
         """A line that the next one overwrites (`live`), or one that stays."""
@@ -355,8 +363,9 @@ class Run:
         """The log's events; a line that a kill or a full disk has cut is none."""
         found = []
         for line in (self.out / "log.jsonl").read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
+            with contextlib.suppress(ValueError, AttributeError):
+                event = json.loads(line)
+                found += [event] if {"event", "step"} <= event.keys() else []
         return found
 
     def value(self, name, which=0):
@@ -393,12 +402,12 @@ class Run:
             torch.save({"settings": json.loads(json.dumps(self.settings)), "step": step, **state}, new)
             with new.open("rb") as file:
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError):                         # torch makes a RuntimeError of a full disk
+        except (OSError, RuntimeError) as error:                # torch makes a RuntimeError of a full disk
             free = shutil.disk_usage(self.out).free / 2 ** 20
             with contextlib.suppress(OSError):
                 new.unlink()
             raise SystemExit(f"{new}: step {step} cannot be saved, with {free:.0f} MiB free there: make room; what was saved "
-                             "is whole, and the same command goes on from there")
+                             f"is whole, and the same command goes on from there ({str(error).splitlines()[0]})")
         if self.path.exists():
             os.replace(self.path, self.previous)
         os.replace(new, self.path)

@@ -1,10 +1,17 @@
 """Each checkable sentence of the paper as one line, with a verdict by a rule that is fixed here, before any run.
 
-A claim is a sum of cells with signs, such as MoCo v2 less MoCo v2 without head. `positive`: shown if the sum's 95 %
-t-interval lies above zero, contradicted if below, else not resolved. `zero`: shown if the 90 % interval lies within
-MARGIN points of zero, contradicted if outside of that, else not resolved. "Less than" is a positive difference of two
-differences. The standard deviation is pooled over all cells of the item that have two seeds or more; without one nothing
-is resolved.
+A claim is a sum of cells with signs, such as MoCo v2 less MoCo v2 without head; "less than" is a positive difference of two
+differences. By the t-interval of the sum, of 95 % or, for the two kinds with a margin, of 90 %:
+
+    positive    shown above zero, contradicted below it
+    large       shown above COLLAPSE points, contradicted below that
+    zero        shown within MARGIN points of zero, contradicted outside of that
+    not above   shown below MARGIN points, contradicted above that
+
+and else not resolved. The standard deviation is pooled over all runs of the item that have two seeds or more, collapsed or
+not; without one nothing is resolved. Cells of the same runs (three probes of one encoder) and measures of the same images
+are compared pair by pair. Pictures are of one pair of encoders: their n is images, not seeds. Nothing is corrected for the
+number of claims: of twenty that are not so, one is shown by chance.
 """
 
 import json
@@ -14,6 +21,7 @@ import statistics
 from scipy import stats
 
 MARGIN = 1.                                                     # points of top-1 that count as no difference
+COLLAPSE = 10.                                                  # points of top-1 whose loss counts as a collapse
 SMALL, LARGE, MIDDLE = 0, -1, "middle"                          # columns of Table 3, or points of Figure 4's ladder
 # the claim, where it stands, the paper's numbers, kind, and the cells: (sign, item, row, column)
 CLAIMS = (
@@ -21,7 +29,7 @@ CLAIMS = (
      (+1, "table1", "MoCo v2"), (-1, "table1", "(a) without head")),
     ("a fixed random head beats none", "Sec. 3, Table 1 (b)", "62.9 against 59.2", "positive",
      (+1, "table1", "(b) fixed head"), (-1, "table1", "(a) without head")),
-    ("a deeper head does not help", "Sec. 3, Table 1 (c)", "63.9 against 64.4", "zero",
+    ("a deeper head does not help", "Sec. 3, Table 1 (c)", "63.9 against 64.4", "not above",
      (+1, "table1", "(c) more hidden layers"), (-1, "table1", "MoCo v2")),
     ("a narrow head loses less than none", "Sec. 3, Table 1 (d)", "-2.2 against -5.2", "positive",
      (+1, "table1", "(d) narrow"), (-1, "table1", "(a) without head")),
@@ -47,7 +55,7 @@ CLAIMS = (
      (-1, "figure4", "SimCLR", MIDDLE)),
     ("hard negatives change nothing", "Sec. 5, Fig. 4", "a curve", "zero",
      (+1, "figure4", "MoCo v2, hard negatives", LARGE), (-1, "figure4", "MoCo v2", LARGE)),
-    ("the hardest alone collapse", "Sec. 5", "said, no number", "positive",
+    ("the hardest alone collapse", "Sec. 5", "said, no number", "large",
      (+1, "section5", "MoCo v2", LARGE), (-1, "section5", "hardest negatives only", LARGE)),
     ("without the head few negatives hurt", "Sec. 5, Table 3 (a)", "61.7 against 63.6", "positive",
      (+1, "table3", "(a) no MLP", LARGE), (-1, "table3", "(a) no MLP", SMALL)),
@@ -57,7 +65,7 @@ CLAIMS = (
      (+1, "table3", "(b) no blur", SMALL), (-1, "table3", "(a) no MLP", SMALL)),
     ("the cosine matters less than the head", "Sec. 5, Table 3 (c)", "67.2 against 61.7", "positive",
      (+1, "table3", "(c) no cosine", SMALL), (-1, "table3", "(a) no MLP", SMALL)),
-    ("without a momentum encoder it fails", "Sec. 7", "cannot converge", "positive",
+    ("without a momentum encoder it fails", "Sec. 7", "cannot converge", "large",
      (+1, "section7", "MoCo v2", LARGE), (-1, "section7", "m = 0", LARGE)),
 )
 PICTURED = (  # the claim, where, file, measure, and which of its columns should be above which
@@ -81,31 +89,44 @@ def pooled(samples):
 
 def judge(kind, signs, samples, sd, df):
     """`(sum, half width, verdict)` of the cells' samples (lists of percent) with their signs."""
-    if not all(samples):
+    if not samples or not all(samples):
         return None, None, "not run"
     value = sum(sign * statistics.mean(v) for sign, v in zip(signs, samples))
     if not df:
         return value, None, "not resolved (one seed)"
-    half = stats.t.ppf(.975 if kind == "positive" else .95, df) * sd * math.sqrt(sum(1 / len(v) for v in samples))
+    half = stats.t.ppf(.975 if kind in ("positive", "large") else .95, df) * sd * math.sqrt(sum(1 / len(v) for v in samples))
     low, high = value - half, value + half
-    if kind == "positive":
-        return value, half, "shown" if low > 0 else "contradicted" if high < 0 else "not resolved"
-    inside, outside = -MARGIN < low and high < MARGIN, low > MARGIN or high < -MARGIN
-    return value, half, "shown" if inside else "contradicted" if outside else "not resolved"
+    shown, contradicted = {"positive": (low > 0, high < 0), "large": (low > COLLAPSE, high < COLLAPSE),
+                           "zero": (-MARGIN < low and high < MARGIN, low > MARGIN or high < -MARGIN),
+                           "not above": (high < MARGIN, low > MARGIN)}[kind]
+    return value, half, "shown" if shown else "contradicted" if contradicted else "not resolved"
 
 
-def table(found, out):
-    """Markdown of all claims, from `found` {(item, row, column): [top-1]} and the pictures' JSON in the folder `out`."""
+def paired(signs, samples):
+    """The arguments of `judge` for samples of the same runs or images: their sum, one by one, is one sample."""
+    one = [sum(sign * x for sign, x in zip(signs, each)) for each in zip(*samples)]
+    return (1,), [one], *pooled([one])
+
+
+def table(found, names, out):
+    """Markdown of all claims: `found` {(item, row, column): [top-1]}, `names` of their runs, `out` with pictures' JSON."""
     lines = ["| claim | where | the paper | ours | verdict |", "|---|---|---|---|---|"]
     for claim, where, paper, kind, *terms in CLAIMS:
-        samples = []
-        for _, item, row, *column in terms:
+        keys, item = [], terms[0][1]
+        for _, _, row, *column in terms:
             columns = [c for i, r, c in found if (i, r) == (item, row)]
             at = column[0] if column else 0
-            samples.append(found[item, row, columns[len(columns) // 2 if at == MIDDLE else at]])
-        sd, df = pooled([v for (item, _, _), v in found.items() if item == terms[0][1]])
-        value, half, verdict = judge(kind, [t[0] for t in terms], samples, sd, df)
-        ours = "not run" if value is None else f"{value:+.2f}" + (f" ± {half:.2f}" if half is not None else "") + \
+            keys.append((item, row, columns[len(columns) // 2 if at == MIDDLE else at]))
+        signs, samples = [t[0] for t in terms], [found[key] for key in keys]
+        first = [next(k for k in names if k[0] == item and k[2] == column) for _, _, column in keys]
+        if len({tuple(names[key]) for key in keys}) == 1:
+            value, half, verdict = judge(kind, *paired(signs, samples))
+        elif any(key != base and names[key] == names[base] for key, base in zip(keys, first)):
+            value, half, verdict = None, None, "n/a"            # a row that changes nothing at this scale
+        else:
+            runs = {tuple(names[key]): v for key, v in found.items() if key[0] == item}
+            value, half, verdict = judge(kind, signs, samples, *pooled(list(runs.values())))
+        ours = verdict if value is None else f"{value:+.2f}" + (f" ± {half:.2f}" if half is not None else "") + \
             f", n = {'/'.join(str(len(v)) for v in samples)}"
         lines.append(f"| {claim} | {where} | {paper} | {ours} | {verdict} |")
     for claim, where, name, measure, more, less in PICTURED:
@@ -115,7 +136,7 @@ def table(found, out):
             panels = saved["panels"] if "panels" in saved else saved["rows"][0]["panels"]
             a, b = ([panels[i][measure][0]] if measure == "agreement" else panels[i][measure] for i in (more, less))
             ours = f"{measure} {statistics.mean(a):.2f} against {statistics.mean(b):.2f}, n = {len(a)}"
-            verdict = judge("positive", (1, -1), (a, b), *pooled([a, b]))[2].replace("one seed", "one picture")
+            verdict = judge("positive", *paired((1, -1), (a, b)))[2].replace("one seed", "one picture")
         lines.append(f"| {claim} | {where} | a picture | {ours} | {verdict} |")
     lines += [f"| {claim} | {where} | | not run: {why} | not run |" for claim, where, why in NOT_RUN]
     return "\n".join(lines) + "\n"

@@ -17,14 +17,15 @@ def show(values, against=None):
     return f"{text}, n = {len(values)}"
 
 
-def markdown(item, table, names, found, missing, quick):
+def markdown(item, table, names, found, missing, quick, labels):
     """The item as a table: mean ± sd over seeds, the difference to the first row, and the paper's ImageNet number.
 
     `table` are its cells, `names` the runs of each, `found` their top-1, `missing` the commands (lists of words) of those
-    that were not run.
+    that were not run, `labels` the paper's name for a column that is another K here.
     """
     rows, columns = ([*dict.fromkeys(key[i] for key in table)] for i in (0, 1))
-    head = [f"{c}, ours | the paper's" if any(table[r, c][2] for r in rows) else f"{c}, ours" for c in columns]
+    theirs = {c: f" | the paper's{f', {labels[c]}' if labels.get(c, c) != c else ''}" for c in columns}
+    head = [f"{c}, ours" + (theirs[c] if any(table[r, c][2] for r in rows) else "") for c in columns]
     lines = [f"# {item}", "", "Top-1 in percent (supervised rows: their own test accuracy; else the "
              f"{'quick' if quick else 'linear'} probe's); in brackets the difference to the first row. The "
              "paper's numbers are for ResNet-50 on ImageNet.", "", f"| | {' | '.join(head)} |",

@@ -16,6 +16,8 @@ import io
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -58,6 +60,7 @@ CURVES = (("MoCo v2", "moco_v2", ["--preset", "table3"]), ("MoCo v2, hard negati
 PICTURES = {"figure2": ("moco_v2 table1", "moco_v2 table1a"), "figure3": ("linear_probe supervised", "moco_v2 table1"),
             "figure5": ("moco_v2 hard",)}
 ITEMS = (*TABLES, "figure4", *PICTURES)
+stopped = threading.Event()                                     # Ctrl-C, or a run that was told to stop: start no more
 CLAIMED = (*TABLES, "figure4")                                  # what `claims` needs, beside the pictures that there are
 
 
@@ -101,15 +104,15 @@ def settings(script, flags, scale):
 def plan(items, scale, seeds, more=()):
     """`(runs, names)`: runs {name: (script, flags)}, each setting once; names {(item, row, column): [a name per seed]}.
 
-    `more` flags are added to each run's.
+    `more` flags are added to each run's; where a cell has the same flag, its own counts.
     """
     runs, names, known = {}, {}, {}
     for item in ITEMS:                                          # all, so that a setting has one name whatever is asked for
         for key, (script, flags, _) in cells(item, scale).items():
-            same = known.setdefault(settings(script, [*flags, *more], scale), (script, flags))
+            same = known.setdefault(settings(script, flags, scale), (script, flags))
             name = "-".join([script, *(f.lstrip("-") for f in same[1] if f not in ("--preset", "--train"))])
             for seed in seeds if item in items else ():
-                runs.setdefault(f"{name}-seed{seed}", (script, [*same[1], *more, "--seed", str(seed)]))
+                runs.setdefault(f"{name}-seed{seed}", (script, [*same[1][:2], *more, *same[1][2:], "--seed", str(seed)]))
                 names.setdefault((item, *key), []).append(f"{name}-seed{seed}")
     return runs, names
 
@@ -125,8 +128,8 @@ def commands(name, script, flags, scale, place, path):
          *([] if feature == "h" else ["--feature", feature])] for feature in probes]
 
 
-def execute(name, script, flags, scale, place, path, description):
-    """Train and probe one run, unless its JSON is there. Returns None, or the log's path if a command failed."""
+def execute(name, script, flags, more, scale, place, path, description):
+    """Train and probe one run, unless its JSON is there. Returns None, or the log's path if a command did not finish."""
     kept = ROOT / f"results/{place}/runs/{name}.json"
     if kept.exists():
         return None
@@ -136,7 +139,10 @@ def execute(name, script, flags, scale, place, path, description):
         real = [sys.executable] + (["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[1:])
         with (out / "output.txt").open("a") as log:
             fcntl.flock(log, fcntl.LOCK_EX)                     # the child of a reproduce.py that was killed holds it: wait
-            if subprocess.run(real, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode:
+            code = subprocess.run(real, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+            if code == train.UNFINISHED:
+                stopped.set()
+            if code:
                 return out / "output.txt"
         feature = words[-1] if "--feature" in words else "h"
         probe = f"probe/quick-{feature}.json" if PROBE[scale] else f"probe{f'-{feature}' * (feature != 'h')}/result.json"
@@ -146,7 +152,8 @@ def execute(name, script, flags, scale, place, path, description):
     start = next(e for e in events if e["event"] == "start")
     seconds = sum(b["time"] - a["time"] for a, b in zip(events, events[1:]) if b["event"] != "start")
     protocol = "supervised" if script == "linear_probe" else "quick probe" if PROBE[scale] else "linear probe"
-    text = {"name": name, "data": description, "top1": found["h"]["top1"], "protocol": protocol, "knn": found["h"].get("knn"),
+    text = {"name": name, "data": description, "flags": more, "top1": found["h"]["top1"], "protocol": protocol,
+            "knn": found["h"].get("knn"),
             "features": {k: v["top1"] for k, v in found.items()}, "minutes": round(seconds / 60, 2),
             "commands": [shlex.join(words) for words in commands(name, script, flags, scale, place, PLACEHOLDER[scale])],
             "settings": {k: v for k, v in start["settings"].items() if k != "data"},
@@ -173,8 +180,8 @@ def pictures(item, place, path, names):
     def file(name):
         return ROOT / f"runs/reproduce/{place}/{names[item, name, ''][0]}/checkpoint.pt"
     if item == "figure5":
-        (out / "figure5.png").write_bytes(file("moco_v2 hard").with_name("figure5.png").read_bytes())
-        return 0
+        drawn = file("moco_v2 hard").with_name("figure5.png")
+        return 0 if drawn.exists() and shutil.copy(drawn, out) else 1
     script, flags = {"figure2": ("dip_inversion.py", {"--head": "moco_v2 table1", "--no-head": "moco_v2 table1a"}),
                      "figure3": ("tsne_aug.py", {"--encoder": "linear_probe supervised", "--compare": "moco_v2 table1"})}[item]
     words = [script, *where, *(str(word) for flag, name in flags.items() for word in (flag, file(name)))]
@@ -191,13 +198,14 @@ def write(items, runs, names, scale, place):
         missing = [commands(name, *runs[name], scale, place, PLACEHOLDER[scale])[0] for name in left]
         kept = {f"{row} | {column}": dict(runs=of, top1=found[item, row, column]) for (_, row, column), of in mine.items()}
         (out / f"{item}.json").write_text(json.dumps({"item": item, "scale": scale, "cells": kept}, indent=1) + "\n")
-        (out / f"{item}.md").write_text(report.markdown(item, table, names, found, missing, bool(PROBE[scale])))
+        labels = {f"K = {a}": f"K = {b}" for a, b in zip(COLUMNS[scale], COLUMNS["imagenet"])}
+        (out / f"{item}.md").write_text(report.markdown(item, table, names, found, missing, bool(PROBE[scale]), labels))
         print((out / f"{item}.md").read_text())
         if item == "figure4":
             paper = moco_v2.PRESETS["table3"]["paper"] if scale == "imagenet" else None
             report.figure4(out / "figure4.png", place, found, COLUMNS[scale], paper)
     if set(CLAIMED) <= set(items):
-        (out / "claims.md").write_text(f"# The paper's claims, {place}\n\n{claims.table(found, out)}")
+        (out / "claims.md").write_text(f"# The paper's claims, {place}\n\n{claims.table(found, names, out)}")
         print((out / "claims.md").read_text())
 
 
@@ -214,6 +222,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.flags and not args.place:
         parser.error("--flags: these runs are not the scale's own; name a folder for them with --as")
+    if args.place in PLACEHOLDER and args.flags:
+        parser.error(f"--as {args.place}: is for that scale's own runs; choose another name")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        parser.error(f"--seeds {' '.join(map(str, args.seeds))}: expected different ones, 0 or more")
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: expected 1 or more")
     return args
@@ -235,9 +247,11 @@ def main(argv=None):
     if args.dry_run:
         return dry(runs, scale, place, path)
     for kept in (ROOT / f"results/{place}/runs").glob("*.json"):
-        there = json.loads(kept.read_text())["data"]
-        if there != dataset.description:
-            raise SystemExit(f"results/{place} holds runs of other data ({there}), not of {dataset.description}; move it away")
+        there = json.loads(kept.read_text())
+        for what, now in (("data", dataset.description), ("flags", args.flags)):
+            if there.get(what, []) != now:
+                raise SystemExit(f"results/{place} holds runs of other {what} ({there.get(what, [])}), not of {now}; "
+                                 "choose another --as, or move it away")
     if args.collect:
         return write(items, runs, names, scale, place)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.jobs)))
@@ -247,15 +261,21 @@ def main(argv=None):
     def one(entry):
         nonlocal done
         name, (script, flags) = entry
-        log = execute(name, script, flags, scale, place, path, dataset.description)
+        if stopped.is_set():
+            return
+        log = execute(name, script, flags, args.flags, scale, place, path, dataset.description)
         with lock:
             done += 1
             failed.extend([(name, log)] if log else [])
             left = (time.time() - began) / max(1, done - len(there)) * (len(runs) - done)
             print(f"{done}/{len(runs)}  {name}  {f'failed, see {log}' if log else 'there already' if name in there else 'done'}"
                   f"  {train.clock(left)} left", flush=True)
+    signal.signal(signal.SIGINT, lambda *_: stopped.set())      # the terminal sends it to the runs too, which save
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, sorted(runs.items(), key=lambda entry: entry[0] not in there)))
+    if stopped.is_set():
+        print("stopped; the same command goes on")
+        sys.exit(train.UNFINISHED)
     failed += [(item, "its output above") for item in items if item in PICTURES and pictures(item, place, path, names)]
     write(items, runs, names, scale, place)
     for name, log in failed:

@@ -227,6 +227,45 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(small, tmp_pat
     assert "writing to out" in inside(moco_v2, small, *TINY, "--fresh", "--max-steps", 1, cwd=tmp_path)
 
 
+def test_what_is_no_damage_changes_nothing(small, tmp_path, inside, monkeypatch):
+    """No memory for reading, a refused command: the folder stays as it is."""
+    inside(moco_v2, small, *TINY, "--max-steps", 2, "--save-minutes", 0, cwd=tmp_path)
+    path, previous = tmp_path / "out/checkpoint.pt", tmp_path / "out/previous.pt"
+    held = path.read_bytes(), previous.read_bytes()
+
+    def fails(error):
+        def load(*_, **__):
+            raise error
+        return load
+    for error, line in ((MemoryError(), "no memory left: lower"), (OSError(5, "Input/output error"), "cannot be opened")):
+        monkeypatch.setattr(model.torch, "load", fails(error))
+        assert line in refused(moco_v2, small, *TINY)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    flip(path, random.Random(0))
+    damaged = path.read_bytes()
+    assert "lr 0.0009375 there, 0.1 now" in refused(moco_v2, small, *TINY, "--lr", ".1")
+    assert (path.read_bytes(), previous.read_bytes()) == (damaged, held[1])
+    inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
+    assert (tmp_path / "out/damaged.pt").read_bytes() == damaged and path.read_bytes() == held[1]
+    told = refused(linear_probe, small, "--encoder", path, "--out", "out", "--fresh")
+    assert "holds the encoder that is probed" in told and path.exists()
+    path.unlink()
+    with (tmp_path / "out/log.jsonl").open("a") as log:
+        log.write('3\n{"a": 1}\n{"event": "epoch", "step": 5}\n{"cut')
+    out = inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
+    assert "has a log but no checkpoint: it begins anew" in out and (tmp_path / "out/log.old.jsonl").exists()
+
+
+def test_images_may_move_but_not_change_in_number(small, tmp_path, inside):
+    images = Path(shutil.copytree(small, tmp_path / "a"))
+    inside(moco_v2, images, *TINY, "--max-steps", 1, cwd=tmp_path)
+    moved = images.rename(tmp_path / "b")
+    assert "going on in out at step 1" in inside(moco_v2, moved, *TINY, "--max-steps", 2, cwd=tmp_path)
+    next((moved / "train/cat").iterdir()).unlink()
+    assert "(images 44 there, 43 now)" in refused(moco_v2, moved, *TINY)
+
+
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path, long):
     f = model.resnet("resnet10")
     rng, path, whole = random.Random(0), tmp_path / "c.pt", io.BytesIO()
@@ -386,16 +425,22 @@ def test_a_checkpoint_of_another_run_is_refused(small, tmp_path, inside):
             ({"encoder_k": whole["f"]}, "encoder_k: tensor f.conv1.weight is missing"),
             ({"optimizer": {}}, "optimizer is that of another"),
             ({"optimizer": {**whole["optimizer"], **momentum}}, "optimizer is that of another"),
+            ({"step": -1}, "step -1 there, of 15 now"),
+            ({"f": {**whole["f"], "conv1.weight": 3}}, "tensor conv1.weight has shape"),
+            ({"optimizer": {**whole["optimizer"], "state": {}}}, "optimizer is that of another"),
             ({"step": "1"}, "it lacks one of step, settings"), ({"settings": None}, "it lacks one of step, settings"),
-            ({"settings": {**whole["settings"], "script": "simclr"}}, "script simclr there, moco_v2 now")]:
+            ({"settings": {**whole["settings"], "script": "simclr"}}, "(script simclr there, moco_v2 now)")]:
         torch.save({k: v for k, v in {**whole, **change}.items() if v is not None}, path)
         held = path.read_bytes()
         told = refused(moco_v2, small, *TINY)
         assert line in told and path.read_bytes() == held, told
+    for content in ({"f": 1, "g": 2, "settings": {}}, {"state_dict": 3}, {"settings": 3, "f": {}, "g": {}}, {1: torch.ones(1)}):
+        torch.save(content, "stranger.pt")
+        assert "holds no encoder" in refused(linear_probe, small, "--quick", "--encoder", "stranger.pt")
     torch.save(whole, path)
     for script in (simclr, instdisc):
         argv = [small, "--arch", "resnet10", "--batch-size", "8", "--epochs", "3", "--out", "out"]
-        assert "script moco_v2 there" in refused(script, *argv, *(["--bn-group", "4"] if script is instdisc else []))
+        assert "(script moco_v2 there, " in refused(script, *argv, *(["--bn-group", "4"] if script is instdisc else []))
 
 
 # Memory
