@@ -75,7 +75,7 @@ def cells(item, scale):
             for K, number in zip(COLUMNS[scale], paper if type(paper) is tuple and not more else (None, None)):
                 found[what, f"K = {K}"] = ("moco_v2", ["--preset", preset, *more, "--K", str(K)], number)
         else:
-            found[what, "MoCo v2"] = ("moco_v2", ["--preset", preset], paper)
+            found[what, "MoCo v2"] = ("moco_v2", ["--preset", preset], None if what in ("hidden", "z") else paper)
         if item.startswith("table2"):
             found[what, "supervised"] = ("linear_probe", ["--train", "all", "--preset", preset],
                                          linear_probe.PRESETS[preset]["paper"])
