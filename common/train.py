@@ -488,6 +488,11 @@ def machine(device):
                                 capture_output=True).stdout.strip()
     except OSError:
         commit = ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    try:
+        models = [line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        cpu = f"{models[0]}, {len(models)} cores"
+    except (OSError, IndexError):
+        cpu = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {"device": name, "processes": ddp.world(), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(), "commit": commit}
