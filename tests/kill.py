@@ -1,6 +1,8 @@
 """Kill a script at random moments, start it again, and compare its end, bit for bit, with that of a run left alone.
 
-    python tests/kill.py --kills 30 DATA FOLDER                 # each script of pre-training, and the probe
+    python tests/kill.py --kills 30 SMALL LARGE FOLDER          # each script of pre-training, and the probe
+
+SMALL and LARGE are folders of small images, which stay in memory, and of large ones, which processes read from their files.
 
 Half of the kills come at any moment, half while a checkpoint is being written. Each attempt is a process of its own,
 forked from this one, which has only imported the scripts. Prints a JSON object of what was done; it fails where a
@@ -33,6 +35,7 @@ import simclr  # noqa: E402
 TINY = ("--arch", "resnet10", "--batch-size", "8", "--epochs", "4")
 RUNS = {"moco_v2": (moco_v2, *TINY, "--bn-group", "4", "--K", "20"), "simclr": (simclr, *TINY),
         "instdisc": (instdisc, *TINY, "--bn-group", "4", "--K", "20"),
+        "files": (moco_v2, "--arch", "resnet10", "--batch-size", "8", "--epochs", "2", "--bn-group", "4", "--K", "20"),
         "linear_probe": (linear_probe, "--encoder", "{folder}/moco_v2-alone/checkpoint.pt", *TINY[2:])}
 
 
@@ -76,16 +79,17 @@ def looks(out):
 def trial(name, data, folder, kills, rng):
     """`kills` kills of one script; returns {kills, while_saving, repeated}, the last the most steps done again."""
     module, *argv = RUNS[name]
-    argv = [data, *(word.format(folder=folder) for word in argv), "--workers", "0"]
+    argv = [data, *(word.format(folder=folder) for word in argv)]
     alone, out, output = folder / f"{name}-alone", folder / name, folder / f"{name}.txt"
     began = time.time()
     assert os.waitpid(fork(module, [*argv, "--out", str(alone)], output), 0)[1] == 0, output.read_text()
-    takes, done, epoch = time.time() - began, {"kills": 0, "while_saving": 0, "repeated": 0}, 6
+    takes, done, whole = time.time() - began, {"kills": 0, "while_saving": 0, "repeated": 0}, state(alone / "checkpoint.pt")
+    epoch = whole["step"] // whole["settings"]["epochs"]
     while done["kills"] < kills:
         each = rng.random() < .5                                # saving at each step, or at each epoch's end only
         before = max(state(out / name)["step"] for name in ("checkpoint.pt", "previous.pt"))
-        more = ["--save-minutes", "0"] if each else []
-        if before > 2.5 * epoch:                                # nearly at the end: from the beginning
+        more = ["--workers", str(rng.randrange(3)), *(["--save-minutes", "0"] if each else [])]
+        if before > .7 * whole["step"]:                         # nearly at the end: from the beginning
             more.append("--fresh")
         pid = fork(module, [*argv, "--out", str(out), *more], output)
         saving, tmp = rng.random() < .5, out / "checkpoint.tmp"
@@ -111,14 +115,15 @@ def trial(name, data, folder, kills, rng):
         done["repeated"] = max(done["repeated"], again)
     pid = fork(module, [*argv, "--out", str(out)], output)
     assert os.waitpid(pid, 0)[1] == 0, output.read_text()
-    assert same(state(alone / "checkpoint.pt"), state(out / "checkpoint.pt")), f"{name}: another end"
+    assert same(whole, state(out / "checkpoint.pt")), f"{name}: another end"
     assert looks(alone) == looks(out), f"{name}: another log"
     return done
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data")
+    parser.add_argument("small")
+    parser.add_argument("large")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -128,7 +133,8 @@ def main():
     for name in args.only:
         began = time.time()
         with contextlib.redirect_stdout(io.StringIO()):
-            done = trial(name, args.data, args.folder, args.kills, random.Random(f"{args.seed} {name}"))
+            where = args.large if name == "files" else args.small
+            done = trial(name, where, args.folder, args.kills, random.Random(f"{args.seed} {name}"))
         print(json.dumps({"script": name, "seed": args.seed, **done, "seconds": round(time.time() - began, 1)}), flush=True)
 
 

@@ -76,13 +76,14 @@ def step_of(path):
 # Kills and signals
 
 def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(small, tmp_path, long):
-    kills = 30 if long else 1
-    done = subprocess.run([sys.executable, ROOT / "tests/kill.py", small, tmp_path / "k", "--kills", str(kills)], text=True,
-                          capture_output=True)
+    """With another number of workers at each start."""
+    kills, large = 30 if long else 1, write_folder(tmp_path / "large", 12, (70, 90))
+    done = subprocess.run([sys.executable, ROOT / "tests/kill.py", small, large, tmp_path / "k", "--kills", str(kills)],
+                          text=True, capture_output=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(told) == 4 and all(t["kills"] == kills and t["repeated"] <= 6 for t in told)
+    assert len(told) == 5 and all(t["kills"] == kills and t["repeated"] <= 6 for t in told)
     assert not long or all(t["while_saving"] for t in told)
 
 

@@ -34,10 +34,9 @@ ONE = {"OMP_NUM_THREADS": "1"}                                  # bit for bit ho
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A folder of small class folders (kept in memory), one of large ones (read by workers)."""
-    root = tmp_path_factory.mktemp("images")
-    return write_folder(root / "small", 22, (32, 32)), write_folder(root / "large", 12, (70, 90))
+def small(tmp_path_factory):
+    """A folder of small class small, which are kept in memory."""
+    return write_folder(tmp_path_factory.mktemp("images") / "small", 22, (32, 32))
 
 
 def same(a, b):
@@ -56,9 +55,8 @@ def events(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_from_images_to_accuracy_and_again(folders, tmp_path, inside):
+def test_from_images_to_accuracy_and_again(small, tmp_path, inside):
     """Train, probe, start again; what a user sees and finds."""
-    small, _ = folders
     first = run("moco_v2.py", small, *TINY, cwd=tmp_path)
     assert "class folders, 2 classes, 44 + 44 images" in first.stdout and "kNN of h" in first.stdout.splitlines()[-1]
     looks = [e for e in events(tmp_path / "out") if e["event"] == "epoch"]
@@ -81,10 +79,10 @@ def test_from_images_to_accuracy_and_again(folders, tmp_path, inside):
     assert "random" in probe.stdout.splitlines()[-3] and "out/checkpoint.pt" in probe.stdout.splitlines()[-2]
 
 
-def test_f_loads_into_a_plain_torchvision_resnet50(folders, tmp_path, inside):
+def test_f_loads_into_a_plain_torchvision_resnet50(small, tmp_path, inside):
     """And gives its features; the newest checkpoint under runs/ is the one that is probed, by name."""
     argv = ["--arch", "resnet50", "--batch-size", "8", "--bn-group", "8", "--max-steps", "1", "--K", "16"]
-    inside(moco_v2, folders[0], *argv, cwd=tmp_path)
+    inside(moco_v2, small, *argv, cwd=tmp_path)
     saved = load(tmp_path / "runs/moco_v2-cifar10-table1-K16/checkpoint.pt")
     plain = torchvision.models.resnet50()
     missing, unexpected = plain.load_state_dict(saved["f"], strict=False)
@@ -96,37 +94,8 @@ def test_f_loads_into_a_plain_torchvision_resnet50(folders, tmp_path, inside):
     assert linear_probe.newest_checkpoint() == "runs/moco_v2-cifar10-table1-K16/checkpoint.pt"
 
 
-def test_a_run_that_was_stopped_and_killed_ends_like_one_left_alone(folders, tmp_path, inside):
-    """Stopped inside an epoch, then killed inside another, gone on with other workers: every bit the same.
-
-    From files; test_faults.py kills the other scripts, with images in memory.
-    """
-    argv = [folders[1], *TINY, "--precision", "fp32"]
-    inside(moco_v2, *argv, "--workers", "1", cwd=tmp_path)
-    whole = tmp_path / "whole"
-    (tmp_path / "out").rename(whole)
-    steps = load(whole / "checkpoint.pt")["step"]
-    stopped = inside(moco_v2, *argv, "--workers", "2", "--max-steps", "2", cwd=tmp_path)
-    assert f"stopped at step 2 of {steps}" in stopped and "without --max-steps" in stopped
-    process = subprocess.Popen([sys.executable, ROOT / "moco_v2.py", *map(str, argv), "--workers", "0"], cwd=tmp_path,
-                               stdout=subprocess.DEVNULL)
-    path = tmp_path / "out/checkpoint.pt"
-    stamp = path.stat().st_mtime_ns
-    while (not path.exists() or path.stat().st_mtime_ns == stamp) and process.poll() is None:   # until an epoch is saved
-        time.sleep(.005)
-    time.sleep(.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert load(path)["step"] in (steps // 3, 2 * steps // 3)
-    end = inside(moco_v2, *argv, "--workers", "2", cwd=tmp_path)
-    assert "going on in out at step" in end
-    assert same(load(whole / "checkpoint.pt"), load(path))
-    told = [[(e["step"], e["knn"]) for e in events(out) if e["event"] == "epoch"] for out in (whole, path.parent)]
-    assert told[0] == told[1]
-
-
-def test_sigterm_finishes_the_step_and_leaves_unfinished(folders, tmp_path):
-    argv = [sys.executable, ROOT / "moco_v2.py", folders[0], *TINY, "--epochs", "2000"]
+def test_sigterm_finishes_the_step_and_leaves_unfinished(small, tmp_path):
+    argv = [sys.executable, ROOT / "moco_v2.py", small, *TINY, "--epochs", "2000"]
     process = subprocess.Popen(list(map(str, argv)), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "out/checkpoint.pt").exists():
         time.sleep(.02)
@@ -136,9 +105,9 @@ def test_sigterm_finishes_the_step_and_leaves_unfinished(folders, tmp_path):
     assert process.returncode == 75 and f"stopped at step {step} of 10000" in out
 
 
-def test_torchrun_with_two_processes_ends_like_one(folders, tmp_path):
+def test_torchrun_with_two_processes_ends_like_one(small, tmp_path):
     """The real command. In fp32, so to what rounding becomes in 3 epochs; test_moco.py compares in float64."""
-    argv = [folders[0], *TINY, "--batch-size", "32", "--bn-group", "16", "--precision", "fp32", "--lr", ".01",
+    argv = [small, *TINY, "--batch-size", "32", "--bn-group", "16", "--precision", "fp32", "--lr", ".01",
             "--momentum", ".9"]                                 # torchrun would take --m for one of its own
     run("moco_v2.py", *argv, cwd=tmp_path, **ONE)
     (tmp_path / "out").rename(tmp_path / "one")
@@ -158,15 +127,15 @@ OTHERS = {"simclr": (simclr, *BRIEF), "chunk": (simclr, *BRIEF, "--chunk", "4"),
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_methods_go_on_where_they_stopped_and_are_probed(folders, tmp_path, inside, kind):
+def test_other_methods_go_on_where_they_stopped_and_are_probed(small, tmp_path, inside, kind):
     script, *argv = OTHERS[kind]
-    inside(script, folders[0], *argv, "--out", "whole", cwd=tmp_path)
-    assert "stopped at step 7 of 15" in inside(script, folders[0], *argv, "--out", "out", "--max-steps", "7", cwd=tmp_path)
-    end = inside(script, folders[0], *argv, "--out", "out", cwd=tmp_path)
+    inside(script, small, *argv, "--out", "whole", cwd=tmp_path)
+    assert "stopped at step 7 of 15" in inside(script, small, *argv, "--out", "out", "--max-steps", "7", cwd=tmp_path)
+    end = inside(script, small, *argv, "--out", "out", cwd=tmp_path)
     assert "going on in out at step 7" in end and "kNN of h" in end.splitlines()[-1]
     a, b = load(tmp_path / "whole/checkpoint.pt"), load(tmp_path / "out/checkpoint.pt")
     assert same(a, b)
-    assert "finished already" in inside(script, folders[0], *argv, "--out", "out", cwd=tmp_path)
+    assert "finished already" in inside(script, small, *argv, "--out", "out", cwd=tmp_path)
     assert "top-1" in inside(linear_probe, "--quick", "--encoder", "out/checkpoint.pt", cwd=tmp_path)
     if kind == "instdisc":
         assert {"bank", "knn"} <= events(tmp_path / "out")[1].keys()
@@ -177,9 +146,9 @@ def test_other_methods_go_on_where_they_stopped_and_are_probed(folders, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["chunk", "instdisc"])
-def test_other_methods_under_torchrun_end_like_one_process(folders, tmp_path, inside, kind):
+def test_other_methods_under_torchrun_end_like_one_process(small, tmp_path, inside, kind):
     script, *argv = OTHERS[kind]
-    argv = [folders[0], *argv, "--precision", "fp32", "--lr", ".001", "--max-steps", "2"]
+    argv = [small, *argv, "--precision", "fp32", "--lr", ".001", "--max-steps", "2"]
     inside(script, *argv, "--out", "one", cwd=tmp_path)
     run(f"{script.__name__}.py", *argv, "--out", "two", cwd=tmp_path, torchrun=2, **ONE)
     one, two = load(tmp_path / "one/checkpoint.pt"), load(tmp_path / "two/checkpoint.pt")
@@ -187,9 +156,9 @@ def test_other_methods_under_torchrun_end_like_one_process(folders, tmp_path, in
         assert (two["f"][key] - tensor).float().norm() <= 2e-3 * tensor.float().norm(), key
 
 
-def test_bad_input_of_other_methods_gets_one_line(folders, tmp_path, monkeypatch, capsys):
+def test_bad_input_of_other_methods_gets_one_line(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    inst, tiny = [folders[0], *OTHERS["instdisc"][1:]], [folders[0], *BRIEF]
+    inst, tiny = [small, *OTHERS["instdisc"][1:]], [small, *BRIEF]
     instdisc.main([*map(str, inst), "--max-steps", "1", "--out", "bank"])
     saved = load(tmp_path / "bank/checkpoint.pt")
     saved["memory"] = saved["memory"][:7]
@@ -204,9 +173,9 @@ def test_bad_input_of_other_methods_gets_one_line(folders, tmp_path, monkeypatch
             (simclr, [*tiny, "--batch-size", "1"], "--batch-size 1: expected 2"),
             (simclr, [*tiny, "--chunk", "1"], "--chunk 1:"),
             (simclr, [*tiny, "--temperature", "0"], "--temperature 0"), (simclr, [*tiny, "--bn-group", "4"], "unrecognized"),
-            (simclr, [folders[0]], "larger than the data set of 44 images; --batch-size 44 would fit"),
-            (moco_v2, [folders[0], *TINY, "--negatives", "hard", "--skew", "-1000000000"], "leave no rank"),
-            (moco_v2, [folders[0], *TINY, "--negatives", "hard", "--skew-scale", "0"], "--skew-scale 0: expected")]:
+            (simclr, [small], "larger than the data set of 44 images; --batch-size 44 would fit"),
+            (moco_v2, [small, *TINY, "--negatives", "hard", "--skew", "-1000000000"], "leave no rank"),
+            (moco_v2, [small, *TINY, "--negatives", "hard", "--skew-scale", "0"], "--skew-scale 0: expected")]:
         with pytest.raises(SystemExit) as error:
             script.main(list(map(str, argv)))
         message = str(error.value) if error.value.code not in (0, 2) else capsys.readouterr().err
@@ -226,14 +195,14 @@ def test_images_without_labels_are_trained_on_and_not_probed(tmp_path, inside):
 
 
 @pytest.mark.parametrize("row", ["moco-v1", "table1b", "table2a-extreme", "section7", "fair-cifar10"])
-def test_a_row_trains_with_its_settings(folders, tmp_path, inside, row):
-    inside(moco_v2, folders[0], *TINY, "--preset", row, "--max-steps", "1", cwd=tmp_path)
+def test_a_row_trains_with_its_settings(small, tmp_path, inside, row):
+    inside(moco_v2, small, *TINY, "--preset", row, "--max-steps", "1", cwd=tmp_path)
     saved = load(tmp_path / "out/checkpoint.pt")["settings"]
     for key in set(moco_v2.PRESETS[row]) & {"head", "stack", "temperature", "schedule", "crop", "m"}:
         assert tuple(np.atleast_1d(saved[key])) == tuple(np.atleast_1d(moco_v2.PRESETS[row][key])), key
 
 
-def bad(tmp_path, folders):
+def bad(tmp_path, small):
     """Bad input, and what the one line must name."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("no image")
@@ -242,7 +211,6 @@ def bad(tmp_path, folders):
     for i in range(3):
         (broken / f"{i}.jpg").write_bytes(b"no image")
     (tmp_path / "hollow/train").mkdir(parents=True)
-    small = folders[0]
     return [
         (["nowhere"], "nowhere: no such folder"),
         (["notes.txt"], "notes.txt: not a folder"),
@@ -269,9 +237,9 @@ def bad(tmp_path, folders):
     ]
 
 
-def test_bad_input_gets_one_line(folders, tmp_path, monkeypatch, capsys):
+def test_bad_input_gets_one_line(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for argv, line in bad(tmp_path, folders):
+    for argv, line in bad(tmp_path, small):
         with pytest.raises(SystemExit) as error:
             moco_v2.main(list(map(str, argv)))
         message = str(error.value) if error.value.code not in (0, 2) else capsys.readouterr().err
@@ -280,11 +248,11 @@ def test_bad_input_gets_one_line(folders, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input_of_the_probe_gets_one_line(folders, tmp_path, monkeypatch, capsys):
+def test_bad_input_of_the_probe_gets_one_line(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for argv, line in [(["--quick"], "no checkpoint under runs/"), (["--quick", "--encoder", "nothing.pt"], "no such file"),
                        (["nowhere", "--quick", "--encoder", "random"], "no such folder"),
-                       ([str(folders[0]), "--quick", "--encoder", "random", "--arch", "x"], "--arch x: unknown")]:
+                       ([str(small), "--quick", "--encoder", "random", "--arch", "x"], "--arch x: unknown")]:
         with pytest.raises(SystemExit) as error:
             linear_probe.main(argv)
         message = str(error.value) if error.value.code not in (0, 2) else capsys.readouterr().err
