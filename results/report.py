@@ -26,9 +26,10 @@ def markdown(item, table, names, found, missing, quick, labels):
     rows, columns = ([*dict.fromkeys(key[i] for key in table)] for i in (0, 1))
     theirs = {c: f" | the paper's{f', {labels[c]}' if labels.get(c, c) != c else ''}" for c in columns}
     head = [f"{c}, ours" + (theirs[c] if any(table[r, c][2] for r in rows) else "") for c in columns]
+    simclr = " SimCLR's points are of N = K / 2 images, at least 16, which have 2 (N - 1) negatives."
     lines = [f"# {item}", "", "Top-1 in percent (supervised rows: their own test accuracy; else the "
              f"{'quick' if quick else 'linear'} probe's); in brackets the difference to the first row. The "
-             "paper's numbers are for ResNet-50 on ImageNet.", "", f"| | {' | '.join(head)} |",
+             "paper's numbers are for ResNet-50 on ImageNet." + simclr * (item == "figure4"), "", f"| | {' | '.join(head)} |",
              "|---" * (1 + sum(h.count("|") + 1 for h in head)) + "|"]
     for row in rows:
         line = [row]
