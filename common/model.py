@@ -205,9 +205,9 @@ def _read(path):
     except MemoryError:
         raise
     except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)|Trying to load unsupported GLOBAL (\S+)", str(error))
+        code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            raise SystemExit(f"{path}: refused: reading it would run code ({code[1] or code[2]}); nothing of it was used")
+            raise SystemExit(f"{path}: refused: reading it would run code ({code[1]}); nothing of it was used")
     except Exception:                                           # torch and zipfile raise many kinds for a file that is none
         pass
     raise Damaged(f"{path}: cannot be read as a checkpoint: cut short, damaged or none at all; nothing of it was used")

@@ -6,6 +6,7 @@ Fills the last three columns of the paper's items, and what stands between <!-- 
 in FILE.
 """
 
+import functools
 import json
 import re
 import shlex
@@ -21,6 +22,12 @@ PLACES = {"imagenet": "imagenet", "cifar10-short": "cifar10", "textures": "textu
 SEEDS = range(10)
 
 
+@functools.cache
+def names_of(scale):
+    """The names of all runs at a scale, as `reproduce.plan` has them."""
+    return reproduce.plan(reproduce.CLAIMED, scale, SEEDS)[1]
+
+
 def ours(script, flags):
     """A cell for each of PLACES, for a command at the scale of ImageNet; Table 3's columns of K are each scale's own."""
     items, found = reproduce.CLAIMED, []
@@ -33,8 +40,8 @@ def ours(script, flags):
         item, row, column = where
         column = dict(zip((f"K = {K}" for K in reproduce.COLUMNS["imagenet"]),
                           (f"K = {K}" for K in reproduce.COLUMNS[scale]))).get(column, column)
-        _, names = reproduce.plan([item], scale, SEEDS)
-        first = next(key for key in names if key[2] == column) if (item, row, column) in names else None
+        names = names_of(scale)
+        first = next(key for key in names if (key[0], key[2]) == (item, column)) if (item, row, column) in names else None
         if first is None:
             found.append("—")
         elif first[1] != row and names[first] == names[item, row, column]:

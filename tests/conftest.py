@@ -54,6 +54,15 @@ def close(a, b, most):
     return ((a - b).norm() <= most * b.norm()).item()
 
 
+def same(a, b):
+    """Whether two checkpoints, or what is in them, are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 def photo(rng, height, width):
     """An image with edges and gradients, (height, width, 3) uint8."""
     y, x = np.mgrid[:height, :width]
@@ -70,6 +79,12 @@ def write_folder(root, n, size, classes=("cat", "dog"), splits=("train", "val"))
             for i in range(n):
                 Image.fromarray(photo(rng, *size)).save(root / split / name / f"{i}.jpg", quality=92)
     return root
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A folder of small class folders, which are kept in memory; for reading only."""
+    return write_folder(tmp_path_factory.mktemp("images") / "small", 22, (32, 32))
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import matplotlib.figure  # noqa: E402, F401
 import torch  # noqa: E402
+from conftest import same  # noqa: E402
 
 import instdisc  # noqa: E402
 import linear_probe  # noqa: E402
@@ -35,7 +36,7 @@ import simclr  # noqa: E402
 TINY = ("--arch", "resnet10", "--batch-size", "8", "--epochs", "4")
 RUNS = {"moco_v2": (moco_v2, *TINY, "--bn-group", "4", "--K", "20"), "simclr": (simclr, *TINY),
         "instdisc": (instdisc, *TINY, "--bn-group", "4", "--K", "20"),
-        "files": (moco_v2, "--arch", "resnet10", "--batch-size", "8", "--epochs", "2", "--bn-group", "4", "--K", "20"),
+        "files": (moco_v2, *TINY, "--epochs", "2", "--bn-group", "4", "--K", "20"),
         "linear_probe": (linear_probe, "--encoder", "{folder}/moco_v2-alone/checkpoint.pt", *TINY[2:])}
 
 
@@ -60,14 +61,6 @@ def fork(module, argv, output):
 
 def state(path):
     return torch.load(path, weights_only=True) if path.exists() else {"step": 0}
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def looks(out):

@@ -40,11 +40,6 @@ TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}         # as the README says
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return str(write_folder(tmp_path_factory.mktemp("images") / "small", 22, (32, 32)))
-
-
 @pytest.fixture
 def long(request):
     return request.config.getoption("--long")

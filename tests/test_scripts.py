@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, photo, run, write_folder
+from conftest import ROOT, photo, run, same
 from PIL import Image
 
 import dip_inversion
@@ -31,20 +31,6 @@ SCRIPTS = {"moco_v2.py": moco_v2, "simclr.py": simclr, "instdisc.py": instdisc,
            "benchmark.py": benchmark, "reproduce.py": reproduce}
 TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20", "--epochs", "3", "--out", "out")
 ONE = {"OMP_NUM_THREADS": "1"}                                  # bit for bit holds at one number of threads
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A folder of small class small, which are kept in memory."""
-    return write_folder(tmp_path_factory.mktemp("images") / "small", 22, (32, 32))
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def load(path):
