@@ -1,5 +1,7 @@
-# make demo: MoCo v2 on the embedded textures, its probe, a picture of the curves; about three minutes on two cores.
-# make test: the test suite. Both make a virtual environment first (several GB: PyTorch's usual build).
+# make demo: train MoCo v2 on the embedded textures, probe it, and plot its curves. This takes about
+#            150 s on two cores after the installation.
+# make test: run the test suite.
+# Both first create a virtual environment with PyTorch's usual build (several GB).
 PYTHON ?= python3
 VENV ?= .venv
 DEMO = runs/moco_v2-textures-table1

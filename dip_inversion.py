@@ -1,16 +1,19 @@
-"""What the projection head lets h keep: natural pre-images of features. Sec. 3, Fig. 2.
+"""What the projection head lets h keep: natural pre-images of features. Sec. 3, Figure 2.
 
-For an image x and an encoder, an image x_rec = R(noise) is sought whose features are those of x. R is a convolutional
-network that is trained for this one image from a fixed noise, and only makes images that look natural (Deep Image Prior,
-Ulyanov et al. 2018): what the features have lost, x_rec has lost or made up.
+For an image x and an encoder f, a network R is trained to turn fixed noise into an image x_rec
+whose features are those of x. R is a Deep Image Prior (Ulyanov et al. 2018): it favours images that
+look natural, so x_rec shows what the features have kept of x.
 
-    python dip_inversion.py                              # the embedded textures; two encoders under runs/, see below
-    python dip_inversion.py DATA --no-head FILE --head FILE
-    python dip_inversion.py --no-head moco_v1.pth.tar --head moco_v2.pth.tar --images PHOTO PHOTO     # FAIR's, at 224
+    python dip_inversion.py                     # a laptop: embedded images, three minutes
+    python dip_inversion.py IMAGENET            # encoders: Table 1, with and without head (a)
+    python dip_inversion.py --no-head moco_v1.pth.tar --head moco_v2.pth.tar --images PHOTO PHOTO
 
-Columns: the image; h of an encoder trained without the MLP head; h of one trained with it; that one's `hidden`, the
-activation after the head's ReLU, which the paper's Fig. 2 (d) calls z. P panels are sought at once, each with its own R:
-x_rec (P, 3, H, W), noise (P, 32, H', W'), features (P, width).
+The last command inverts FAIR's encoders. One image at 224 pixels takes two hours on 2 cores.
+
+C = 3 columns: h of an encoder trained without the MLP head; h of one trained with it; `hidden` of
+the latter, the activation after its head's first ReLU, which Figure 2 (d) calls z. All columns of
+an image start from the same R and noise, drawn from (seed, image): their comparisons are paired.
+x (n, 3, S, S): images in [0, 1]. x_rec (C, n, 3, S, S). noise (C n, 32, S', S').
 """
 
 import json
@@ -23,58 +26,48 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import augment, data, ddp, train
-from common.model import load_encoder
+from common import UserError, augment, data, ddp, run, train
+from common.checkpoint import load_encoder
 
-WIDTHS, KERNELS = (16, 32, 64, 128, 128, 128), (7, 7, 5, 5, 3, 3)      # of R, from the image's size down
-NOISE, SKIP, SLOPE, LR = 32, 4, .2, 1e-3                        # as released: channels of noise and skips, LeakyReLU, Adam
-COLUMNS = ("h, no MLP head", "h, MLP head", "hidden (the paper's z), MLP head")
-
-
-def parse_args(argv=None):
-    parser = train.Parser("dip_inversion.py", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("data", nargs="?", metavar="DATA", help="a folder of images; without it, the embedded textures")
-    add("--no-head", metavar="FILE", help="trained without MLP head (default: runs/moco_v2-SCALE-table1a/checkpoint.pt)")
-    add("--head", metavar="FILE", help="trained with it (default: runs/moco_v2-SCALE-table1/checkpoint.pt)")
-    add("--images", nargs="+", metavar="FILE", help="image files in place of four of DATA's")
-    add("--iterations", type=int, metavar="n", help="of Adam (default: the released notebook's 3100; 1000 for small images)")
-    add("--seed", type=int, default=0, metavar="n")
-    add("--out", default="runs/dip_inversion", metavar="DIR")
-    args = parser.parse_args(argv)
-    if args.iterations is not None and args.iterations < 1 or args.seed < 0:
-        parser.error(f"--iterations {args.iterations} --seed {args.seed}: expected 1 or more, 0 or more")
-    return args
+# As released by Ulyanov et al.: layers of R from the image's size downwards, channels of the noise
+# and of the skip connections, slope of LeakyReLU, learning rate of Adam.
+WIDTHS, KERNELS = (16, 32, 64, 128, 128, 128), (7, 7, 5, 5, 3, 3)
+NOISE, SKIP, SLOPE, LR = 32, 4, .2, 1e-3
+COLUMNS = ("h, without MLP head", "h, with MLP head", "hidden (the paper's z), with MLP head")
+LABEL = ("feature error {feature_error:.3f}\nPSNR {psnr:.1f} dB\n"
+         "colour distance {colour_distance:.2f}\nkept structure {structure:.2f}")
+REPORT_EVERY = 30                               # seconds between progress reports and pictures
 
 
-# Deep Image Prior: a U-Net from noise to an image.
+# R: a U-Net from noise to an image. Its batch norm always uses the statistics of that one image.
 
 def layer(channels, out, kernel, *after):
-    """Convolution, batch norm over the one image that there is, LeakyReLU; `after` comes behind the convolution."""
-    return [nn.Conv2d(channels, out, kernel, padding=kernel // 2), *after, norm(out), nn.LeakyReLU(SLOPE, inplace=True)]
-
-
-def norm(channels):
-    return nn.BatchNorm2d(channels, track_running_stats=False)
+    """Modules: convolution, the modules `after` it, batch norm and LeakyReLU."""
+    return [nn.Conv2d(channels, out, kernel, padding=kernel // 2), *after,
+            nn.BatchNorm2d(out, track_running_stats=False), nn.LeakyReLU(SLOPE, inplace=True)]
 
 
 class R(nn.Module):
-    """noise (1, 32, S', S') -> x_rec (1, 3, size, size) in [0, 1]: the U-Net of the released inversion.
+    """noise (1, 32, S', S') -> x_rec (1, 3, size, size) in [0, 1]: the released U-Net.
 
-    A scale halves the size; there are as many as leave 4 to 8 pixels, six for 224, three for 32. S' is `size` rounded up
-    to a multiple of 2^scales, and the image its upper left corner. 2,606,763 parameters at 224.
+    Each level halves the size; as many as leave 4 to 8 pixels. S' is `size` rounded up to a
+    multiple of 2^levels; x_rec is cut from the upper left. At 224: six levels, 2,606,763 weights.
     """
 
     def __init__(self, size):
         super().__init__()
-        scales = max(1, min(len(WIDTHS), math.ceil(math.log2(size)) - 2))
-        self.size, self.noise_size = size, math.ceil(size / 2 ** scales) * 2 ** scales
-        self.down, self.skip, self.up, channels = nn.ModuleList(), nn.ModuleList(), nn.ModuleList(), NOISE
-        for i, (width, kernel) in enumerate(zip(WIDTHS[:scales], KERNELS)):
+        levels = max(1, min(len(WIDTHS), math.ceil(math.log2(size)) - 2))
+        self.size, channels = size, NOISE
+        self.noise_size = math.ceil(size / 2 ** levels) * 2 ** levels
+        self.down, self.skip, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for i, (width, kernel) in enumerate(zip(WIDTHS[:levels], KERNELS)):
+            below = WIDTHS[i + 1] if i + 1 < levels else width
             self.skip.append(nn.Sequential(*layer(channels, SKIP, 1)))
-            self.down.append(nn.Sequential(*layer(channels, width, kernel, nn.AvgPool2d(2)), *layer(width, width, kernel)))
-            below = WIDTHS[i + 1] if i + 1 < scales else width
-            self.up.append(nn.Sequential(norm(SKIP + below), *layer(SKIP + below, width, kernel), *layer(width, width, 1)))
+            self.down.append(nn.Sequential(*layer(channels, width, kernel, nn.AvgPool2d(2)),
+                                           *layer(width, width, kernel)))
+            self.up.append(nn.Sequential(nn.BatchNorm2d(SKIP + below, track_running_stats=False),
+                                         *layer(SKIP + below, width, kernel),
+                                         *layer(width, width, 1)))
             channels = width
         self.last = nn.Conv2d(WIDTHS[0], 3, 1)
 
@@ -84,230 +77,238 @@ class R(nn.Module):
             skips.append(skip(x))
             x = down(x)
         for skipped, up in zip(reversed(skips), reversed(self.up)):
-            x = up(torch.cat([skipped, F.interpolate(x, scale_factor=2, mode="nearest")], 1))
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = up(torch.cat([skipped, x], 1))
         return torch.sigmoid(self.last(x))[..., :self.size, :self.size]
 
 
 class Panels(nn.Module):
-    """P networks R at once, `(P, 3, size, size)` from their own noise: to each, and its batch norm, there is only itself.
+    """C x n independent networks R, evaluated together with vmap: x_rec (C, n, 3, size, size).
 
-    Panel p is drawn from (seed, p), so that it is the same whatever is beside it.
+    The network and the noise of image i are drawn from (seed, i) and copied to all C columns.
     """
 
-    def __init__(self, panels, size, seed):
+    def __init__(self, columns, images, size, seed):
         super().__init__()
+        self.shape = columns, images
         networks, noise = [], []
-        for panel in range(panels):
-            torch.manual_seed(int(augment.generator(seed, panel, 6).integers(2 ** 32)))
+        for image in range(images):
+            torch.manual_seed(int(augment.generator(seed, image, 6).integers(2 ** 32)))
             networks.append(R(size))
-            noise.append(torch.rand(NOISE, *[networks[0].noise_size] * 2) / 10)         # uniform in [0, .1]
-        stacked, _ = torch.func.stack_module_state(networks)
+            noise.append(torch.rand(NOISE, networks[0].noise_size, networks[0].noise_size) / 10)
+        stacked, _ = torch.func.stack_module_state(networks * columns)          # (C n, ...) each
         self.names = list(stacked)
-        self.weights = nn.ParameterList(stacked[name].detach() for name in self.names)
-        self.register_buffer("noise", torch.stack(noise))
-        self.one = [networks[0].to("meta")]                     # in a list, so that it is no part of this module
+        self.weights = nn.ParameterList(stacked.values())
+        self.register_buffer("noise", torch.stack(noise * columns))
+        # In a list, so that its parameters are not those of this module.
+        self.template = [networks[0].to("meta")]
 
     def forward(self):
         def one(weights, noise):
-            return torch.func.functional_call(self.one[0], weights, (noise[None],))[0]
-        return torch.vmap(one)(dict(zip(self.names, self.weights)), self.noise)
+            return torch.func.functional_call(self.template[0], weights, (noise[None],))[0]
+        x_rec = torch.vmap(one)(dict(zip(self.names, self.weights)), self.noise)
+        return x_rec.unflatten(0, self.shape)
 
 
-# the objective
+# The objective: min |f(x_rec) - f(x)|^2 over the weights of R.
 
-class Column(nn.Module):
-    """What an encoder makes of images in [0, 1]: `feature` (n, width) in float32, frozen, in eval mode."""
-
-    def __init__(self, encoder, feature, normalisation):
-        super().__init__()
-        encoder.check_feature(feature)
-        self.encoder, self.feature = encoder.eval().requires_grad_(False), feature
-        for name, value in zip(("mean", "std"), augment.NORMALISE[normalisation]):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
-
-    def forward(self, x):
-        return self.encoder.embed((x - self.mean) / self.std, self.feature)
+def column(encoder, feature, normalisation, device):
+    """The function x (n, 3, S, S) in [0, 1] -> `feature` (n, width) of a frozen `encoder`."""
+    encoder.to(device).eval().requires_grad_(False)
+    mean, std = torch.tensor(augment.NORMALISE[normalisation], device=device).view(2, 3, 1, 1)
+    return lambda x: encoder.embed((x - mean) / std, feature)
 
 
-def invert(columns, images, iterations, seed, watch=None):
-    """x_rec (C, n, 3, S, S) for C columns and `images` (n, 3, S, S) in [0, 1], and the relative errors (C, n).
+def invert(columns, x, iterations, seed):
+    """Yield `(iteration, x_rec, error)` for iterations 1 to `iterations` of Adam.
 
-    Minimises the mean squared difference of features for each panel, over R's weights alone; the error reported is
-    |f(x_rec) - f(x)|^2 / |f(x)|^2. `watch(iteration, x_rec, error)` is called after each iteration.
+    For C `columns` and images x (n, 3, S, S): x_rec (C, n, 3, S, S) and its relative error (C, n),
+    |f(x_rec) - f(x)|^2 / |f(x)|^2. The loss of a panel is the mean squared difference of features.
     """
-    C, n = len(columns), len(images)
     with torch.no_grad():
-        targets = [column(images) for column in columns]
-    panels = Panels(C * n, images.shape[-1], seed).to(images.device)
+        targets = [embed(x) for embed in columns]               # (n, width) each
+    panels = Panels(len(columns), len(x), x.shape[-1], seed).to(x.device)
     optimizer = torch.optim.Adam(panels.parameters(), LR)
     for iteration in range(1, iterations + 1):
-        x_rec = panels().unflatten(0, (C, n))
-        squares = [(column(x) - target).square().sum(1) for column, x, target in zip(columns, x_rec, targets)]
-        loss = sum((s / target.shape[1]).sum() for s, target in zip(squares, targets))
+        x_rec = panels()                                        # (C, n, 3, S, S)
+        loss, errors = 0, []
+        for embed, own, target in zip(columns, x_rec, targets):
+            square = (embed(own) - target).square()             # (n, width)
+            loss = loss + square.mean(1).sum()
+            errors.append(square.detach().sum(1) / target.square().sum(1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        error = torch.stack([s.detach() / target.square().sum(1) for s, target in zip(squares, targets)])
-        if watch:
-            watch(iteration, x_rec.detach(), error)
-    return x_rec.detach(), error
+        yield iteration, x_rec.detach(), torch.stack(errors)
 
 
-# how much of the image is left: measures of x_rec against x, both (n, 3, S, S) in [0, 1]
+# Measures of what x_rec, here y, has kept of x; both (n, 3, S, S) in [0, 1].
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio in dB, (n,); equal images have infinity."""
+    """Peak signal-to-noise ratio (n,) in dB; infinite for equal images."""
     return -10 * (x - y).square().mean((1, 2, 3)).log10()
 
 
 def colour_distance(x, y, bins=8):
-    """Total variation distance, 0 to 1, of the two histograms of colours, `bins` to a channel, (n,)."""
-    def histogram(x):
-        place = ((x * bins).long().clamp(max=bins - 1) * torch.tensor([bins * bins, bins, 1], device=x.device).view(3, 1, 1))
-        return torch.stack([torch.bincount(p.flatten(), minlength=bins ** 3) for p in place.sum(1)]) / place[0, 0].numel()
+    """Total variation distance (n,), 0 to 1, of the colour histograms with `bins` per channel."""
+    def histogram(x):                                           # (n, bins^3): shares of the pixels
+        red, green, blue = (x * bins).long().clamp(max=bins - 1).unbind(1)
+        cell = ((red * bins + green) * bins + blue).flatten(1)                  # (n, S S)
+        one = x.new_ones(1).expand_as(cell)
+        return x.new_zeros(len(x), bins ** 3).scatter_add_(1, cell, one) / cell.shape[1]
     return (histogram(x) - histogram(y)).abs().sum(1) / 2
 
 
-def structure(x, y, sigma=1.5, noise=.02):
-    """Mean local correlation of the grey images, up to 1, (n,): the structure term of SSIM (Wang et al. 2004, Eq. 10).
+def structure(x, y, flat=.02):
+    """Mean local correlation (n,) of the grey images, at most 1; ignores brightness and contrast.
 
-    Of 11 x 11 Gaussian windows; blind to brightness and contrast. `noise` is the deviation under which a window is flat.
+    The structure term of SSIM (Wang et al. 2004, Eq. (10)) in Gaussian windows of 11 x 11 pixels
+    with a sigma of 1.5. A standard deviation below `flat` counts as no structure.
     """
-    weight = torch.tensor(augment.GRAY, device=x.device).view(3, 1, 1)
-    kernel = torch.softmax(-.5 * (torch.arange(-5., 6, device=x.device) / sigma) ** 2, 0)
-    kernel = (kernel[:, None] * kernel)[None, None]
+    sigma = x.new_full((len(x),), 1.5)
 
-    def local(v):
-        return F.conv2d(v, kernel)
-    x, y = ((v * weight).sum(1, keepdim=True) for v in (x, y))
-    spread = [(local(v * v) - local(v) ** 2).clamp(min=0).sqrt() for v in (x, y)]
-    covariance = local(x * y) - local(x) * local(y)
-    return ((covariance + noise ** 2) / (spread[0] * spread[1] + noise ** 2)).mean((1, 2, 3))
+    def local_mean(v):
+        return augment.blur(v, sigma, radius=5)[..., 5:-5, 5:-5]                # whole windows only
+
+    def deviation(v):
+        return (local_mean(v * v) - local_mean(v) ** 2).clamp(min=0).sqrt()
+
+    x, y = augment.grayscale(x)[:, :1], augment.grayscale(y)[:, :1]             # (n, 1, S, S)
+    covariance = local_mean(x * y) - local_mean(x) * local_mean(y)
+    correlation = (covariance + flat ** 2) / (deviation(x) * deviation(y) + flat ** 2)
+    return correlation.mean((1, 2, 3))
 
 
-# around it
+def measure(x, x_rec, error):
+    """For each of C columns, a dict of lists over the n images; `psnr` is in dB."""
+    return [{"feature_error": e.tolist(), "psnr": psnr(x, y).tolist(),
+             "colour_distance": colour_distance(x, y).tolist(),
+             "structure": structure(x, y).tolist()} for y, e in zip(x_rec, error)]
 
-def default(path, scale, preset, flag):
-    """`path`, or where that row of Table 1 is written. Raises SystemExit with the command that makes it."""
+
+def four_images(dataset):
+    """Four images of the data, of different classes where it has any: `(names, images)`."""
+    images = dataset.test or dataset.train
+    if dataset.classes is None:
+        chosen = np.linspace(0, len(images) - 1, min(4, len(images))).astype(int)
+        return [f"image {i}" for i in chosen], images.take(chosen)
+    classes = range(0, len(dataset.classes), max(1, len(dataset.classes) // 4))[:4]
+    chosen = [int((images.labels == c).nonzero()[0]) for c in classes]
+    return [dataset.classes[c] for c in classes], images.take(np.array(chosen))
+
+
+def image_files(paths, size):
+    """The files of --images: `(names, images)`. Raises UserError if one is broken or too small."""
+    for path in paths:
+        try:
+            height, width = data.read_image(path).shape[1:]
+        except Exception as error:              # PIL raises many kinds of errors
+            raise UserError(f"--images {path}: cannot be read as an image ({error})")
+        if min(height, width) < size:
+            raise UserError(f"--images {path}: {width} x {height} pixels; expected {size} or more")
+    files = np.array([str(path).encode() for path in paths])
+    return [Path(path).stem for path in paths], data.Images(files=files)
+
+
+def read_encoder(path, flag, scale, preset, hidden):
+    """`(encoder, settings)` of `path`, by default of the run of `preset`.
+
+    Raises UserError if there is no such file, or if `hidden` is wrong about its head.
+    """
     path = path or f"runs/moco_v2-{scale}-{preset}/checkpoint.pt"
     if not Path(path).exists():
-        raise SystemExit(f"{flag} {path}: no such file; make it with `python moco_v2.py [DATA] --preset {preset}`")
-    return path
+        raise UserError(f"{flag} {path}: no such file; make it with "
+                        f"`python moco_v2.py [DATA] --preset {preset}`")
+    encoder, settings = load_encoder(path)
+    if hidden != any(isinstance(module, nn.ReLU) for module in encoder.g.modules()):
+        problem = "a hidden layer is needed" if hidden else "no hidden layer is expected"
+        raise UserError(f"{flag} {path}: {problem} in the projection head of this encoder")
+    return encoder, settings
 
 
-def read_images(args, dataset, size, device):
-    """Names, and images (n, 3, size, size) in [0, 1]: the files of --images, or four of DATA's, of unlike classes."""
-    if args.images:
-        for name in args.images:
-            try:
-                found = data.read_image(name)
-            except Exception as error:                          # PIL raises many kinds for a broken file
-                raise SystemExit(f"--images {name}: cannot be read as an image ({error})")
-            if min(found.shape[1:]) < size:
-                raise SystemExit(f"--images {name}: {found.shape[2]} x {found.shape[1]} pixels; these encoders take {size}")
-        images, names = data.Images(files=np.array([str(name).encode() for name in args.images])), args.images
-    else:
-        images = dataset.test or dataset.train
-        if images.labels is None:
-            chosen = torch.linspace(0, len(images) - 1, min(4, len(images))).long()
-        else:
-            every = max(1, len(dataset.classes) // 4)
-            chosen = torch.stack([(images.labels == c).nonzero()[0, 0] for c in range(0, len(dataset.classes), every)][:4])
-        names = [f"image {i}" if images.labels is None else dataset.classes[images.labels[i]] for i in chosen]
-        images = images.take(chosen.numpy())
-    x = torch.cat(list(data.whole(images, size=size, batch=64, device=device, workers=0)))
-    return [Path(str(name)).stem for name in names], x.float() / 255
+def flags():
+    parser = train.Parser("dip_inversion.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("data", nargs="?", metavar="DATA", help="folder of images (default: the embedded textures)")
+    add("--no-head", metavar="FILE", help="encoder without MLP head (default: run of table1a)")
+    add("--head", metavar="FILE", help="encoder with MLP head (default: run of table1)")
+    add("--images", nargs="+", metavar="FILE", help="image files instead of four of DATA's")
+    add("--iterations", type=train.COUNT, metavar="n", help="(default: 3100; small images: 1000)")
+    add("--seed", type=train.NATURAL, default=0, metavar="n")
+    add("--out", type=Path, default="runs/dip_inversion", metavar="DIR")
+    return parser
 
 
 def differences(a, b):
-    """What else the two encoders' settings differ in, in words."""
-    if not ("script" in a and "script" in b):
-        return "The encoders are not runs of this project: MoCo v1 and v2 differ in augmentation and temperature too."
-    names = ("stack", "temperature", "crop", "jitter", "blur", "K", "m", "lr", "epochs", "batch_size", "seed")
-    other = [f"{k} {a[k]} and {b[k]}" for k in names if k in a and k in b and a[k] != b[k]]
-    return f"The encoders differ also in {', '.join(other)}." if other else ""
+    """What else the settings of the two encoders differ in, as a sentence."""
+    if "script" not in a or "script" not in b:
+        return "FAIR's MoCo v1 and v2 also differ in augmentation and temperature."
+    names = sorted(a.keys() & b.keys() - {"head", "preset"})
+    found = [f"{name} ({a[name]} and {b[name]})" for name in names if a[name] != b[name]]
+    return f"The encoders also differ in {', '.join(found)}." if found else ""
 
 
-def measure(images, x_rec, error):
-    """Per column: a dict of lists over images, `feature_error`, `psnr` (dB), `colour_distance` and `structure`."""
-    return [dict(feature_error=e.tolist(), psnr=psnr(images, x).tolist(), colour_distance=colour_distance(images, x).tolist(),
-                 structure=structure(images, x).tolist()) for x, e in zip(x_rec, error)]
-
-
-def draw(path, images, names, x_rec, found, title):
-    from matplotlib.figure import Figure                        # here: it takes a while to import
-    figure = Figure(figsize=(10.5, 2.75 * len(images) + 1), layout="constrained")
-    axes = figure.subplots(len(images), 1 + len(COLUMNS), squeeze=False)
-    for row, (image, name) in enumerate(zip(images, names)):
-        for column, axis in enumerate(axes[row]):
-            axis.imshow((image if column == 0 else x_rec[column - 1, row]).permute(1, 2, 0).cpu().numpy(), vmin=0, vmax=1)
+def draw(path, x, names, x_rec, found, title):
+    from matplotlib.figure import Figure                        # slow to import
+    figure = Figure(figsize=(10.5, 3.3 * len(x) + .8), layout="constrained")
+    axes = figure.subplots(len(x), 1 + len(COLUMNS), squeeze=False)
+    for row, name in enumerate(names):
+        labels = [name]
+        for values in found:
+            labels.append(LABEL.format(**{key: value[row] for key, value in values.items()}))
+        for axis, image, label in zip(axes[row], [x[row], *x_rec[:, row]], labels):
+            axis.imshow(image.permute(1, 2, 0).cpu().numpy(), vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-            if column == 0:
-                axis.set_title(f"{'(a) image' if row == 0 else ''}\n{name}", fontsize=9)
-                continue
-            one = {key: values[row] for key, values in found[column - 1].items()}
-            head = f"({'abcd'[column]}) {COLUMNS[column - 1]}" if row == 0 else ""
-            axis.set_title(f"{head}\nfeature error {one['feature_error']:.3f}, PSNR {one['psnr']:.1f} dB\n"
-                           f"colour {one['colour_distance']:.2f}, structure {one['structure']:.2f}", fontsize=8)
+            axis.set_xlabel(label, fontsize=8)
+    for axis, letter, kind in zip(axes[0], "abcd", ("image", *COLUMNS)):
+        axis.set_title(f"({letter}) {kind}", fontsize=8)
     figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
-@train.guarded
 def main(argv=None):
-    args = parse_args(argv)
+    args = flags().parse_args(argv)
     device = ddp.init()
     dataset = None if args.images else data.open_data(args.data)
     scale = dataset.scale if dataset else "imagenet"
-    (without, a), (with_head, b) = (load_encoder(default(path, scale, preset, flag)) for path, preset, flag in (
-        (args.no_head, "table1a", "--no-head"), (args.head, "table1", "--head")))
-    if without.f.width != with_head.f.width or a["size"] != b["size"]:
-        raise SystemExit(f"--no-head and --head: h has {without.f.width} and {with_head.f.width} dimensions, of images of "
-                         f"{a['size']} and {b['size']} pixels; expected two encoders of one kind")
-    for flag, s, wanted in (("--no-head", a, False), ("--head", b, True)):
-        if (s["head"] not in ("none", "identity")) != wanted:
-            raise SystemExit(f"{flag}: the head of this encoder is `{s['head']}`; expected one "
-                             f"{'with a' if wanted else 'without'} hidden layer")
-    columns = [Column(encoder, feature, s.get("normalisation", s["scale"])).to(device)
-               for encoder, feature, s in ((without, "h", a), (with_head, "h", b), (with_head, "hidden", b))]
-    names, images = read_images(args, dataset, a["size"], device)
-    args.iterations = args.iterations or (1000 if a["size"] <= data.SMALL else 3100)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    began = shown = drawn = time.time()
-    weights = sum(p.numel() for p in R(a["size"]).parameters())
-    print(f"{len(columns) * len(images)} panels of {a['size']} pixels, {weights} weights each, {args.iterations} iterations; "
-          f"writing to {out}", flush=True)
-
-    def title(iteration):
-        return (f"pre-images of features after {iteration} of {args.iterations} iterations, {a['arch']}, "
-                f"{dataset.description if dataset else 'image files'}\n{differences(a, b)}")
-
-    def watch(iteration, x_rec, error):
-        nonlocal shown, drawn
-        now = time.time()
-        if now - shown > 10 or iteration in (1, args.iterations):
-            shown, left = now, (now - began) / iteration * (args.iterations - iteration)
-            each = "  ".join(f"{e:.4f}" for e in error.mean(1).tolist())
-            print(f"iteration {iteration}/{args.iterations}  feature error {each}  {(now - began) / iteration:.2f} s each  "
-                  f"{train.clock(left)} left", flush=True)
-        if now - drawn > 60:
-            draw(out / "figure2.png", images, names, x_rec, measure(images, x_rec, error), title(iteration))
-            drawn = time.time()
-
-    x_rec, error = invert(columns, images, args.iterations, args.seed, watch)
-    found = measure(images, x_rec, error)
-    draw(out / "figure2.png", images, names, x_rec, found, title(args.iterations))
-    summary = [{key: [np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0.] for key, v in f.items()} for f in found]
-    for name, values in zip(COLUMNS, summary):
-        print(f"{name}: " + "  ".join(f"{key} {mean:.3f} ± {sd:.3f}" for key, (mean, sd) in values.items()))
-    (out / "figure2.json").write_text(json.dumps(
-        {"columns": COLUMNS, "images": names, "panels": found, "mean_and_sd": summary, "iterations": args.iterations,
-         "seed": args.seed,
-         "encoders": [{k: v for k, v in e.items() if k != "data"} for e in (a, b)],
-         "minutes": (time.time() - began) / 60, **train.machine(device)}, indent=1))
-    print(f"figure2.png and figure2.json in {out}")
+    no_head, a = read_encoder(args.no_head, "--no-head", scale, "table1a", hidden=False)
+    with_head, b = read_encoder(args.head, "--head", scale, "table1", hidden=True)
+    size = a["size"]
+    if no_head.f.width != with_head.f.width or size != b["size"]:
+        raise UserError(f"--no-head and --head: h has {no_head.f.width} and {with_head.f.width} "
+                        f"dimensions, images have {size} and {b['size']} pixels; expected the same")
+    kinds = (no_head, "h", a), (with_head, "h", b), (with_head, "hidden", b)
+    columns = [column(encoder, feature, settings.get("normalisation", settings["scale"]), device)
+               for encoder, feature, settings in kinds]
+    names, chosen = image_files(args.images, size) if args.images else four_images(dataset)
+    x = torch.cat(list(data.whole(chosen, size=size, batch=64, device=device, workers=0))) / 255
+    iterations = args.iterations or (1000 if size <= data.SMALL else 3100)
+    args.out.mkdir(parents=True, exist_ok=True)
+    weights = sum(p.numel() for p in R(size).parameters())
+    ddp.say(f"{len(columns) * len(x)} panels of {size} pixels, {weights} weights each, "
+            f"{iterations} iterations; writing to {args.out}")
+    began = shown = time.time()
+    for iteration, x_rec, error in invert(columns, x, iterations, args.seed):
+        if time.time() - shown < REPORT_EVERY and iteration not in (1, iterations):
+            continue
+        shown = time.time()
+        each = (shown - began) / iteration                      # seconds
+        errors = " ".join(f"{value:.4f}" for value in error.mean(1).tolist())
+        ddp.say(f"iteration {iteration}/{iterations}  feature error {errors}  {each:.2f} s each  "
+                f"{run.duration(each * (iterations - iteration))} left")
+        found = measure(x, x_rec, error)
+        title = (f"Natural pre-images after {iteration} of {iterations} iterations, {a['arch']}, "
+                 f"{dataset.description if dataset else 'image files'}\n{differences(a, b)}")
+        draw(args.out / "figure2.png", x, names, x_rec, found, title)
+    for name, values in zip(COLUMNS, found):
+        means = LABEL.format(**{key: np.mean(value) for key, value in values.items()})
+        ddp.say(f"{name}: {means}".replace("\n", ", "))
+    content = {"columns": COLUMNS, "images": names, "panels": found, "iterations": iterations,
+               "seed": args.seed, "encoders": [a, b], "minutes": (time.time() - began) / 60,
+               **run.machine(device)}
+    (args.out / "figure2.json").write_text(json.dumps(content, indent=1))
+    ddp.say(f"figure2.png and figure2.json in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    train.launch(main, less_memory="fewer --images")

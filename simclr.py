@@ -1,91 +1,125 @@
-"""SimCLR: negatives from the batch itself. Sec. 5, Fig. 4 (green).
+"""SimCLR: the negatives come from the batch itself. Sec. 5, Figure 4 (green).
 
-Of a batch, each image in two views, an image's other view is its positive and all views of the other images are its
-negatives (Chen et al. 2020a): K = 2 (M - 1) for M images. Eq. (1) as in moco_v2.py, but no queue and no second encoder:
-few negatives is a small batch.
+Each image of a batch gives two views. The other view of an image is its positive, and all views of
+the other images are its negatives (Chen et al. 2020a): K = 2 (M - 1) for M images. Eq. (1) as in
+moco_v2.py, but without queue and momentum encoder: few negatives means a small batch.
 
-    torchrun --nproc_per_node=8 simclr.py IMAGENET --preset figure4 --batch-size 2048      # K = 4094
-    python simclr.py                                     # a laptop: embedded textures, about two minutes
-    python simclr.py DATA --batch-size 32768 --chunk 512 # K = 65534 in the memory of 512 images
+    torchrun --nproc_per_node=8 simclr.py IMAGENET --preset figure4 --batch-size 2048   # K = 4094
+    python simclr.py                                    # a laptop: embedded images, two minutes
+    python simclr.py DATA --batch-size 32768 --chunk 512        # K = 65534, memory of 512 images
 
-x1, x2 (N, 3, H, W) two views of N images, of all W processes M = W N;  h = f(x) (N, width);  z = g(h) (N, D), at unit
-length after `unit`. All views of all images are kept as (2 M, D), first views first. Batch statistics are over all
-images: there are no groups.
+x1, x2 (N, 3, H, W): two views of N images; W processes have M = W N. h = f(x) (N, width). z = g(h)
+(N, D). The views of all images are (2 M, D), first views first. Batch statistics are taken over all
+images; there are no groups.
 """
 
 import contextlib
-import functools
 import math
 
 import torch
 from torch import nn
 
-from common import augment, data, ddp, evaluate, train
+from common import UserError, augment, data, ddp, evaluate, train
 from common.loss import info_nce, unit
-from common.model import Encoder, head, resnet, restore
+from common.model import Encoder, resnet
+from common.run import Run
 
-SIMCLR = dict(stack="simclr", normalisation="unit", layers=2, dim=128, crop=(.08, 1.), warmup=None, warmup_epochs=10,
-              scaling="sqrt", chunk=None)
-# `long` times as many epochs where the paper's run is the longer one, about `looks` kNN accuracies in a run. lr is that of
-# the scale's batch; of the released rules .3 N / 256 and .075 sqrt(N) both give 4.8 at 4096.
-SCALES = {
-    "imagenet": dict(SIMCLR, arch="resnet50", size=224, epochs=100, long=2, batch_size=4096, lr=4.8, weight_decay=1e-4,
-                     temperature=.1, jitter=1., blur=True, looks=20),
-    "cifar10": dict(SIMCLR, arch="resnet18-3x3", size=32, epochs=200, long=1, batch_size=512, lr=2., weight_decay=1e-4,
-                    temperature=.5, jitter=.5, blur=False, looks=20),
-    "textures": dict(SIMCLR, arch="resnet10", size=32, epochs=9, long=1, batch_size=64, lr=.5, weight_decay=1e-4,
-                     temperature=.2, jitter=.5, blur=False, looks=4, warmup_epochs=1),
-}
-PRESETS = {  # what differs from the scale, and what the paper shows
-    "simclr": dict(paper="none; its Fig. 4 has the curve over K, see figure4"),
-    "figure4": dict(long=True, paper="a curve of Fig. 4: 65536 and 4096 alike, 256 far below"),    # a point: --batch-size
-}
-ROWS = 2 ** 23                                                  # similarities in memory at once in a chunked step
+# The method (Sec. 5): the positive pair is the two views of an image; the negatives are all other
+# views in the batch.
 
 
-def parse_args(argv=None):
-    parser = train.Parser("simclr.py", description=__doc__.split("\n")[0])
-    train.add_flags(parser, PRESETS, without=("--bn-group",))
-    add = parser.add_argument
-    add("--layers", type=int, choices=(2, 3), help="of the projection head g: 2 in the paper of SimCLR, 3 in its code now")
-    add("--temperature", type=float, help="of Eq. (1)")
-    add("--scaling", choices=("linear", "sqrt"), help="of the learning rate with the batch")
-    add("--chunk", type=int, metavar="n", help="embed n images of the batch at a time, for batches larger than memory")
-    add("--crop", type=float, nargs=2, metavar=("LO", "HI"), help="share of the image's area")
-    add("--jitter", type=float, metavar="S", help="colour jitter (.8 S, .8 S, .8 S, .2 S)")
-    add("--blur", action=train.argparse.BooleanOptionalAction, default=None)
-    return parser.parse_args(argv)
+def nt_xent(z, rows, temperature):
+    """Eq. (1) for the views `rows` (n,) of all views z (2 M, D) at unit length.
+
+    Twice the mean over rows: the released code sums the means of the two directions.
+    """
+    partner = (rows + len(z) // 2) % len(z)                     # the other view of the same image
+    similarity = z[rows] @ z.T                                  # (n, 2 M)
+    positive = similarity.gather(1, partner[:, None])[:, 0]     # (n,)
+    negatives = similarity.scatter(1, torch.stack([rows, partner], 1), -math.inf)
+    return 2 * info_nce(positive, negatives, temperature)
 
 
-def check(s, n_images, args):
-    """Raise SystemExit with one line if SimCLR's own settings make no sense; say what is legal but odd."""
-    train.check(s, n_images, args.max_steps, args.workers)
-    train.check_augmentation(s)
-    per_process = s.batch_size // ddp.world()
-    wrong = [text for bad, text in [
-        (s.batch_size < 2, f"--batch-size {s.batch_size}: expected 2 or more; the negatives are the batch's other images"),
-        (not s.temperature > 0, f"--temperature {s.temperature:g}: expected more than 0"),
-        (s.chunk is not None and s.chunk < 2, f"--chunk {s.chunk}: expected 2 images or more, whose statistics are taken"),
-    ] if bad]
-    if wrong:
-        raise SystemExit(wrong[0])
-    if s.chunk and s.batch_size % s.chunk:
-        n, c = s.batch_size, chunks(s)
-        train.say(f"note: --chunk {s.chunk} does not divide the batch of {n}: {c} chunks of {n // c} to {-(-n // c)} images")
-    if s.chunk and per_process % chunks(s) and ddp.world() > 1:
-        train.say(f"note: {chunks(s)} chunks do not divide a process's {per_process} images: the batch statistics differ from "
-                  "those of one process")
+def own_rows(M, device):
+    """The indices (2 N,) of this process among all 2 M views."""
+    mine = torch.arange(M, device=device)[ddp.rows(M)]
+    return torch.cat([mine, mine + M])
 
 
-def chunks(s):
-    """Into how many parts the batch is embedded."""
-    return -(-s.batch_size // min(s.chunk, s.batch_size)) if s.chunk else 1
+def train_step(embed, optimizer, x1, x2, temperature):
+    """One step of SimCLR on N images; returns the loss. `embed` is how the encoder is called."""
+    z = unit(embed(torch.cat([x1, x2]))).unflatten(0, (2, -1))                  # (2, N, D)
+    z = ddp.all_gather_with_grad(z.transpose(0, 1)).transpose(0, 1).flatten(0, 1)   # (2 M, D)
+    loss = nt_xent(z, own_rows(len(z) // 2, z.device), temperature)             # Eq. (1)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+BLOCK = 2 ** 23                                 # similarities in memory at once in a chunked step
+
+
+def chunked_step(encoder, embed, no_sync, optimizer, views, n, parts, temperature):
+    """`train_step` on n images with the memory of one of `parts` parts of the batch.
+
+    First, the embeddings of all parts, without gradient. Then the gradient of the loss with respect
+    to them, by blocks of rows. Then each part again, with gradient, to propagate it to the weights.
+    The only difference to `train_step` is that batch statistics are those of a part.
+
+    `views(part)` returns x1, x2 of the images `part`, a slice of this process's n; the same at both
+    calls. `no_sync` is DDP's context without gradient synchronisation.
+    """
+    # Every parts-th image, so that the parts of W processes together are those of one process.
+    slices = [slice(i, None, parts) for i in range(parts)]
+    z = None
+    for i, part in enumerate(slices):
+        set_bn_momentum(encoder, parts, i)
+        with torch.no_grad():
+            embedded = unit(embed(torch.cat(views(part)))).unflatten(0, (2, -1))
+        if z is None:
+            z = embedded.new_empty(2, n, embedded.shape[2])
+        z[:, part] = embedded                                   # (2, N, D)
+    z = ddp.all_gather(z.transpose(0, 1)).transpose(0, 1).flatten(0, 1)         # (2 M, D)
+    z.requires_grad_()
+    rows, loss = own_rows(len(z) // 2, z.device), 0.
+    for block in rows.split(max(1, BLOCK // len(z))):
+        share = nt_xent(z, block, temperature) * len(block) / len(rows)         # Eq. (1)
+        share.backward()
+        loss += share.detach()
+    # Each loss depends on all embeddings: sum over processes, as `all_gather_with_grad` does.
+    gradient = ddp.total(z.grad)[rows].unflatten(0, (2, -1))                    # (2, N, D)
+    optimizer.zero_grad()
+    freeze_bn(encoder)                          # the first pass has updated the running statistics
+    for i, part in enumerate(slices):
+        with no_sync() if i < parts - 1 else contextlib.nullcontext():
+            embedded = unit(embed(torch.cat(views(part)))).unflatten(0, (2, -1))
+            (embedded * gradient[:, part]).sum().backward()
+    set_bn_momentum(encoder, 1, 0)
+    optimizer.step()
+    return loss
+
+
+def batch_norms(encoder):
+    return [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def set_bn_momentum(encoder, parts, i, momentum=.1):
+    """Momentum for part i, so that running statistics move by the mean over all parts."""
+    for norm in batch_norms(encoder):
+        norm.momentum = momentum / (parts - momentum * (parts - 1 - i))
+
+
+def freeze_bn(encoder):
+    """Keep the running statistics as they are."""
+    for norm in batch_norms(encoder):
+        norm.momentum = 0.
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation over the images of all processes, with what lies between the processes' means.
+    """Batch normalisation over the images of all processes; x is (N, C) or (N, C, H, W).
 
-    What nn.SyncBatchNorm does on GPUs and refuses to do elsewhere, by two means over processes. x is (N, C) or (N, C, H, W).
+    What nn.SyncBatchNorm does, which exists for GPUs only, with two means over processes.
     """
 
     def _check_input_dim(self, x):
@@ -97,93 +131,37 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         dims, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
         wide, count = x.to(self.running_mean.dtype), x.numel() // x.shape[1] * ddp.world()
         mean = ddp.mean_with_grad(wide.mean(dims))
-        variance = ddp.mean_with_grad((wide - mean.view(shape)).square().mean(dims))
+        centred = wide - mean.view(shape)
+        variance = ddp.mean_with_grad(centred.square().mean(dims))
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked.add_(1)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return ((wide - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
-# Sec. 5: the positive pair is an image's two views; the negatives are all other views of the batch.
+def head(layers, width, dim, norm):
+    """The projection head g with 2 or 3 layers, each without bias and with batch normalisation.
 
-def nt_xent(z, rows, temperature):
-    """Eq. (1) for the views `rows` (n,) of all views z (2 M, D) at unit length, K = 2 (M - 1) negatives each.
-
-    Twice the mean over rows: as released, the sum of the two directions' means.
+    The last layer has a scale, but no shift.
     """
-    partner = (rows + len(z) // 2) % len(z)
-    similarity = z[rows] @ z.T                                  # (n, 2 M)
-    positive = similarity.gather(1, partner[:, None])[:, 0]     # (n,)
-    negatives = similarity.scatter(1, torch.stack([rows, partner], 1), -math.inf)
-    return 2 * info_nce(positive, negatives, temperature)
-
-
-def own_rows(M, device):
-    """Which of all 2 M views are this process's: (2 N,)."""
-    mine = torch.arange(M, device=device)[ddp.rows(M)]
-    return torch.cat([mine, mine + M])
-
-
-def train_step(embed, optimizer, x1, x2, temperature):
-    """One step of SimCLR; returns the loss of this process's N images. `embed` is how the encoder is called."""
-    z = unit(embed(torch.cat([x1, x2]))).unflatten(0, (2, -1))                  # (2, N, D)
-    z = ddp.all_gather_with_grad(z.transpose(0, 1)).transpose(0, 1).flatten(0, 1)       # (2 M, D)
-    loss = nt_xent(z, own_rows(len(z) // 2, z.device), temperature)             # Eq. (1)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def chunked_step(encoder, embed, no_sync, optimizer, views, n, parts, temperature):
-    """The same step with the memory of a part of the batch; batch statistics are those of a part.
-
-    The embeddings of all parts first, without gradient; then the loss's gradient with respect to them, once, by blocks of
-    rows; then each part again, with gradient, to carry it on to the weights. `views(part)` gives x1, x2 of the images
-    `part`, a slice of this process's n, the same at both calls. `no_sync` is a context in which gradients stay here.
-    """
-    # every parts-th image, so that W processes' parts are together those of one process
-    part = [slice(i, None, parts) for i in range(parts)]
-    z = None
-    for i in range(parts):
-        average_over(encoder, parts, i)
-        with torch.no_grad():
-            found = unit(embed(torch.cat(views(part[i])))).unflatten(0, (2, -1))
-        z = found.new_empty(2, n, found.shape[2]) if z is None else z
-        z[:, part[i]] = found                                   # (2, N, D)
-    everyone = ddp.all_gather(z.transpose(0, 1)).transpose(0, 1).flatten(0, 1).requires_grad_()         # (2 M, D)
-    rows, loss = own_rows(len(everyone) // 2, z.device), 0.
-    for block in rows.split(max(1, ROWS // len(everyone))):
-        share = nt_xent(everyone, block, temperature) * len(block) / len(rows)
-        share.backward()
-        loss += share.detach()
-    gradient = ddp.total(everyone.grad)[rows].unflatten(0, (2, -1))             # (2, N, D), of the sum of all losses
-    optimizer.zero_grad()
-    average_over(encoder, None)
-    for i in range(parts):
-        with no_sync() if i < parts - 1 else contextlib.nullcontext():
-            z = unit(embed(torch.cat(views(part[i])))).unflatten(0, (2, -1))
-            (z * gradient[:, part[i]]).sum().backward()
-    average_over(encoder, 1)
-    optimizer.step()
-    return loss
-
-
-def average_over(encoder, parts, i=0, momentum=.1):
-    """Running batch statistics move by the mean over `parts`: the momentum for part i. None: they stay as they are."""
-    value = momentum / (parts - momentum * (parts - 1 - i)) if parts else 0.
-    for module in encoder.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = value
+    g = []
+    for _ in range(layers - 1):
+        g += [nn.Linear(width, width, bias=False), norm(width), nn.ReLU(inplace=True)]
+    g = nn.Sequential(*g, nn.Linear(width, dim, bias=False), norm(dim))
+    for layer in g:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=.01)
+    g[-1].bias.requires_grad_(False)
+    return g
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is as long as a share `eta` of each tensor's own length (You et al. 2017).
+    """SGD with momentum and a layer-wise trust ratio (You et al. 2017), as SimCLR releases it.
 
-    As SimCLR releases it: trust = eta |w| / |g + wd w|, 1 where either is 0; the learning rate is inside the momentum;
-    biases and batch normalisation (one dimension) have neither weight decay nor trust.
+    trust = eta |w| / |g + wd w|, and 1 if either norm is 0. The learning rate is inside the
+    momentum. Biases and batch normalisation have neither weight decay nor trust ratio.
     """
 
     def __init__(self, params, lr, momentum=.9, weight_decay=0., eta=.001):
@@ -196,8 +174,9 @@ class LARS(torch.optim.Optimizer):
                 g = w.grad
                 if w.ndim > 1:
                     g = g + group["weight_decay"] * w
-                    long, length = w.norm(), g.norm()
-                    g = g * torch.where((long > 0) & (length > 0), group["eta"] * long / length, 1)
+                    w_norm, g_norm = w.norm(), g.norm()
+                    trust = group["eta"] * w_norm / g_norm
+                    g = g * torch.where((w_norm > 0) & (g_norm > 0), trust, 1)
                 state = self.state[w]
                 if not state:
                     state["momentum"] = torch.zeros_like(w)
@@ -206,85 +185,126 @@ class LARS(torch.optim.Optimizer):
 
 
 def learning_rate(step, *, lr, warmup, total):
-    """Linear from 0 over `warmup` steps, then half a cosine down to 0, per step, as released."""
+    """Linear from 0 over `warmup` steps, then half a cosine down to 0, as released."""
     if step < warmup:
         return lr * step / warmup
     return lr * .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def build(s, device, state=None):
-    """The encoder and its optimiser: from the seed, or a checkpoint."""
-    torch.manual_seed(s.seed)
+# Settings. The released rules for the learning rate, .3 M / 256 and .075 sqrt(M), give 4.8 at 4096.
+
+SIMCLR = dict(stack="simclr", normalisation="unit", layers=2, dim=128, crop=(.08, 1.),
+              warmup_epochs=10, scaling="sqrt")
+SCALES = {
+    "imagenet": dict(SIMCLR, arch="resnet50", size=224, epochs=100, long_epochs=200,
+                     batch_size=4096, base_lr=4.8, weight_decay=1e-4, temperature=.1, jitter=1.,
+                     blur=True, n_evals=20),
+    "cifar10": dict(SIMCLR, arch="resnet18-3x3", size=32, epochs=200, long_epochs=200,
+                    batch_size=512, base_lr=2., weight_decay=1e-4, temperature=.5, jitter=.5,
+                    blur=False, n_evals=20),
+    "textures": dict(SIMCLR, arch="resnet10", size=32, epochs=9, long_epochs=9, batch_size=64,
+                     base_lr=.5, weight_decay=1e-4, temperature=.2, jitter=.5, blur=False,
+                     n_evals=4, warmup_epochs=1),
+}
+PRESETS = {
+    "simclr": {},
+    "figure4": dict(long=True),                 # a point of the curve: --batch-size K / 2
+}
+
+
+def flags():
+    parser = train.parser("simclr", __doc__, PRESETS)
+    add = parser.add_argument
+    add("--layers", type=int, choices=(2, 3),
+        help="layers of the projection head: 2 in SimCLR's paper, 3 in its code today")
+    add("--temperature", type=train.POSITIVE, help="temperature of Eq. (1)")
+    add("--scaling", choices=("linear", "sqrt"), help="of the learning rate with the batch size")
+    add("--chunk", type=train.number(int, "2 images or more", lambda n: n >= 2), metavar="n",
+        help="embed n images at a time, for batches larger than memory")
+    add("--crop", type=train.AREA, nargs=2, metavar=("LO", "HI"), help="crop area")
+    add("--jitter", type=train.STRENGTH, metavar="S",
+        help="colour jitter (.8 S, .8 S, .8 S, .2 S)")
+    add("--blur", action=train.argparse.BooleanOptionalAction, help="Gaussian blur")
+    return parser
+
+
+def check(args):
+    """Raises UserError if settings do not fit together; prints notes on unusual ones."""
+    train.check_batch(args.images, args.batch_size)
+    if args.batch_size < 2:
+        raise UserError("--batch-size 1: expected 2 or more; the negatives are the other images")
+    if not args.chunk:
+        return
+    parts, own = n_parts(args), args.batch_size // ddp.world()
+    if parts > own:
+        raise UserError(f"--chunk {args.chunk}: expected {ddp.world()} or more, an image for each "
+                        "process")
+    if args.batch_size % args.chunk or own % parts:
+        ddp.say(f"note: {parts} chunks do not divide the {own} images of a process evenly; their "
+                "batch statistics depend on the number of processes")
+
+
+def n_parts(args):
+    """The number of chunks of a batch."""
+    return math.ceil(args.batch_size / min(args.chunk, args.batch_size))
+
+
+def build(args, device):
+    """The encoder and its optimizer, initialised from the seed."""
+    torch.manual_seed(args.seed)
     norm = nn.SyncBatchNorm if device.type == "cuda" else GlobalBatchNorm
-    f = resnet(s.arch, norm=norm)
-    for name, parameter in f.named_parameters():                # each residual branch begins as nothing
+    f = resnet(args.arch, norm=norm)
+    for name, parameter in f.named_parameters():                # residual branches begin at zero
         if name.endswith("bn3.weight" if hasattr(f.layer1[0], "bn3") else "bn2.weight"):
             nn.init.zeros_(parameter)
-    encoder = Encoder(f, head(s.head, f.width, s.dim, norm))
-    for layer in encoder.g:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=.01)
+    encoder = Encoder(f, head(args.layers, f.width, args.dim, norm))
     encoder.to(device, memory_format=torch.channels_last)
-    optimizer = LARS([p for p in encoder.parameters() if p.requires_grad], s.lr, weight_decay=s.weight_decay)
-    if state:
-        restore(state, optimizer, f=encoder.f, g=encoder.g)
-    return encoder, optimizer
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    return encoder, LARS(trained, args.lr, weight_decay=args.weight_decay)
 
 
-@train.guarded
 def main(argv=None):
-    args = parse_args(argv)
-    device = ddp.init()
-    dataset = data.open_data(args.data)
-    train.say(f"data: {dataset.description}; scale {dataset.scale}")
-    s, out = train.resolve("simclr", args, SCALES, PRESETS, dataset.scale, named=("batch_size",))
-    s.head = f"simclr{s.layers}"
-    if s.warmup is None:
-        s.warmup = round(min(s.warmup_epochs, s.epochs / 2) * len(dataset.train) / max(1, s.batch_size))
-    check(s, len(dataset.train), args)
-    steps_per_epoch = data.steps_per_epoch(len(dataset.train), s.batch_size)
-    total, K = s.epochs * steps_per_epoch, 2 * (s.batch_size - 1)
-    run = train.Run(out, s, total, device, args, chance=math.log(K + 1))
-    if run.start == run.total:
-        return run.close(run.total, run.knn_line())
-
-    encoder, optimizer = build(s, device, run.state)
+    args, dataset, device = train.begin(flags(), argv, SCALES, PRESETS)
+    check(args)
+    if args.warmup is None:
+        epochs = min(args.warmup_epochs, args.epochs / 2)
+        args.warmup = round(epochs * args.images / args.batch_size)
+    steps_per_epoch = data.steps_per_epoch(args.images, args.batch_size)
+    K = 2 * (args.batch_size - 1)
+    ddp.say(f"K = 2 ({args.batch_size} - 1) = {K} negatives")
+    encoder, optimizer = build(args, device)
+    options = train.feature_options(args, device)
+    run = Run({"f": encoder.f, "g": encoder.g, "optimizer": optimizer},
+              evaluate=lambda: evaluate.monitor(encoder, dataset, **options),
+              chance=math.log(K + 1), stop_every=1 if args.chunk else 10,
+              **train.run_options(args, steps_per_epoch, device))
     wrapped = ddp.wrap(encoder)
-    embed = train.embedder(wrapped, device, s.precision, args.compile)
+    embed = train.embedder(wrapped, device, args.precision, args.compile)
     no_sync = wrapped.no_sync if ddp.world() > 1 else contextlib.nullcontext
-    augmented = augment.Augment(s.stack, augment.jitter_strength(s.jitter), s.blur, s.normalisation).to(device)
-    monitor = functools.partial(evaluate.monitor, encoder, dataset, scale=s.normalisation, size=s.size, device=device,
-                                workers=args.workers, precision=s.precision)
-    run.open(optimizer, f"K = 2 ({s.batch_size} - 1) = {K} negatives", train.paper_says(PRESETS[args.preset]))
-    if run.start == 0:
-        run.epoch(0, knn=monitor())                             # the untrained encoder, to compare with
+    augmented = augment.Augment(args.stack, augment.jitter_strength(args.jitter), args.blur,
+                                args.normalisation, args.seed).to(device)
+    batches = train.views(args, dataset.train, 2, run, device)
+    mine = torch.arange(args.batch_size)[ddp.rows(args.batch_size)]
 
-    batches = data.views(dataset.train, 2, size=s.size, area=s.crop, batch=s.batch_size, seed=s.seed, start=run.start,
-                         stop=run.stop, device=device, workers=args.workers)
-    done, mine = run.start, torch.arange(s.batch_size)[ddp.rows(s.batch_size)]
-    for step, x, _ in run.timed(batches):
-        draws = augmented.draw(2, s.batch_size, s.seed, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr = learning_rate(step, lr=s.lr, warmup=s.warmup, total=run.total)
-        if s.chunk:
-            loss = chunked_step(encoder, embed, no_sync, optimizer, lambda part: augmented.apply(x[:, part], draws, mine[part]),
-                                x.shape[1], chunks(s), s.temperature)
-        else:
-            x1, x2 = augmented.apply(x, draws, mine)            # (N, 3, H, W) each
-            loss = train_step(embed, optimizer, x1, x2, s.temperature)
-        done = step + 1
-        epoch, inside = divmod(done, steps_per_epoch)
-        leave, save = run.stopping(done, not inside)
-        run.tell(done, loss / 2, save, epoch=done / steps_per_epoch, lr=lr)      # Eq. (1) of a view
-        if save:
-            ddp.average_buffers(encoder)
-            if not inside:
-                run.epoch(epoch, knn=monitor() if epoch % max(1, s.epochs // s.looks) == 0 or done == run.total else None)
-            run.save(done, f=encoder.f.state_dict(), g=encoder.g.state_dict(), optimizer=optimizer.state_dict())
-        if leave:
-            break
-    run.close(done, run.knn_line())
+    def plain(x, draws):
+        x1, x2 = augmented.apply(x, draws, mine)                # (N, 3, H, W) each
+        return train_step(embed, optimizer, x1, x2, args.temperature)
+
+    def chunked(x, draws):
+        def views(part):
+            return augmented.apply(x[:, part], draws, mine[part])
+        return chunked_step(encoder, embed, no_sync, optimizer, views, x.shape[1], n_parts(args),
+                            args.temperature)
+
+    make_step = chunked if args.chunk else plain
+    for step, x, _ in run.steps(batches):
+        lr = train.set_lr(optimizer, learning_rate(step, lr=args.lr, warmup=args.warmup,
+                                                   total=run.total))
+        loss = make_step(x, augmented.draw(2, args.batch_size, step))
+        run.log(loss / 2, lr=lr)                                # Eq. (1), the mean over views
+    return run.close()
 
 
 if __name__ == "__main__":
-    main()
+    train.launch(main, less_memory="a smaller --chunk or --batch-size (a new run: it needs another "
+                                   "--out or --fresh)")

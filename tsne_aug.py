@@ -1,15 +1,18 @@
-"""Strong augmentation merges classes, not instances: the semantic label shift, seen. Sec. 4, Fig. 3.
+"""Strong augmentation merges classes, not instances: the semantic label shift. Sec. 4, Figure 3.
 
-The logits of a supervised model for 10 classes of 64 training images each, under no, weak (crop and flip) and strong
-augmentation (MoCo v2's), as maps by t-SNE (van der Maaten & Hinton 2008), with scores beside them: what a map shows may be
-the map's doing. --compare adds what the paper says does not suffer: h of a contrastive model, by class and by instance.
+Maps by t-SNE (van der Maaten & Hinton 2008) of the logits of a supervised model, for 10 classes of
+64 training images each, under no, weak (crop and flip) and strong augmentation (MoCo v2's). Scores
+beside the maps say how well the classes are separated, in the logits and in the map. --compare adds
+what the paper says does not suffer: h of a contrastive model, by class and by instance.
 
-    python tsne_aug.py                                   # the embedded textures; the supervised run under runs/
+    python tsne_aug.py                                  # a laptop: embedded images, a minute
+    python tsne_aug.py IMAGENET --encoder torchvision   # Figure 3; downloads the weights
     python tsne_aug.py DATA --encoder FILE --compare FILE
-    python tsne_aug.py IMAGENET --encoder torchvision    # the paper's picture (downloads the weights)
 
-x (n, 3, H, W) images;  logits (n, classes of the model), which need not be those of the data;  P, Q (n, n) similarities;
-y (n, 2) the map;  labels (n,).
+The first command reads the run of `python linear_probe.py --train all`.
+
+x (n, D): features. P, Q (n, n): similarities in x and in the map. y (n, 2): the map. labels (n,).
+The classes of the model need not be those of the data.
 """
 
 import json
@@ -19,64 +22,52 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import one_hot
 
-from common import augment, data, ddp, train
-from common.model import load_encoder
+from common import UserError, augment, data, ddp, run, train
+from common.checkpoint import load_encoder
 
-AUGMENTATIONS = {  # stack, and the crop's share of the area; None: no crop but the centre's
-    "no augmentation": ("none", None), "weak augmentation": ("weak", (.08, 1.)), "strong augmentation": ("moco_v2", (.2, 1.))}
+# Name: operations (augment.STACKS), and the crop's share of the area; None: as in evaluation.
+AUGMENTATIONS = {"no": ("none", None), "weak": ("weak", (.08, 1.)), "strong": ("moco_v2", (.2, 1.))}
+KINDS = {"z": "logits of a supervised model", "h": "features h of a contrastive model"}
 NEIGHBOURS = 10
-# ten colours that the colour-blind can tell apart in pairs of colour and marker (Okabe & Ito, and two greys)
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000", "#999999", "#8B5A2B")
+# Ten pairs of colour and marker that colour-blind readers can tell apart (after Okabe & Ito).
+COLOURS = "#E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7 #000000 #999999 #8B5A2B".split()
 MARKERS = "os^Dv<>PX*"
 
 
-def parse_args(argv=None):
-    parser = train.Parser("tsne_aug.py", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("data", nargs="?", metavar="DATA", help="a folder of images with classes; without it, the embedded textures")
-    add("--encoder", metavar="FILE", help="a checkpoint of linear_probe.py --train all (default: the one under runs/), "
-        "torchvision's weights as a file, or `torchvision` (downloads)")
-    add("--compare", metavar="FILE", help="a contrastive model's checkpoint, of which h is shown too")
-    add("--classes", type=int, default=10, metavar="n")
-    add("--per-class", type=int, default=64, metavar="n", help="training images a class; with --compare, views an image too")
-    add("--perplexity", type=float, default=30.)
-    add("--seed", type=int, default=0, metavar="n")
-    add("--out", default="runs/tsne_aug", metavar="DIR")
-    args = parser.parse_args(argv)
-    n = args.classes * args.per_class
-    for bad, line in ((not 2 <= args.classes <= 10, f"--classes {args.classes}: expected 2 to 10"),
-                      (args.per_class < 2, f"--per-class {args.per_class}: expected 2 or more"),
-                      (args.seed < 0, f"--seed {args.seed}: expected 0 or more"),
-                      (not 1 < args.perplexity < n / 3, f"--perplexity {args.perplexity:g}: expected above 1 and below a third "
-                                                        f"of the {n} points")):
-        if bad:
-            parser.error(line)
-    return args
+# t-SNE, exact.
 
+def distances(x):
+    """Euclidean distances (n, n) of x (n, D); exactly 0 between equal points."""
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
 
-# t-SNE, exact
 
 def affinities(x, perplexity):
-    """P (n, n), symmetric, sum 1, of x (n, D): Gaussian neighbours, each point's width such that its perplexity is right."""
-    square = torch.cdist(x, x).square()
-    square = square / square.mean()                             # the scale of x does not matter
-    inner = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    low, high = x.new_zeros(len(x)), x.new_full((len(x),), math.inf)
-    beta = x.new_ones(len(x))                                   # 1 / (2 width^2)
-    for _ in range(60):                                         # bisection, after doubling for as long as there is no upper end
-        logp = torch.log_softmax((-beta[:, None] * square).masked_fill(inner, -math.inf), 1)
-        entropy = -(logp.exp() * logp.masked_fill(inner, 0)).sum(1)
+    """P (n, n) of x (n, D): symmetric, with sum 1.
+
+    From Gaussian neighbourhoods. Bisection finds the width that gives a point the `perplexity`.
+    """
+    square = distances(x).square()
+    square = square / square.mean()                             # independent of the scale of x
+    diagonal = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    beta = torch.ones_like(x[:, 0])                             # 1 / (2 width^2)
+    low, high = 0 * beta, math.inf * beta
+    for _ in range(60):
+        logits = (-beta[:, None] * square).masked_fill(diagonal, -math.inf)
+        logp = torch.log_softmax(logits, 1)
+        entropy = -(logp.exp() * logp.masked_fill(diagonal, 0)).sum(1)
         wide = entropy > math.log(perplexity)
         low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
+        # Double as long as there is no upper bound.
         beta = torch.where(high.isinf(), 2 * beta, (low + high) / 2)
     P = logp.exp()
     return (P + P.T) / (2 * len(x))
 
 
 def gradient(P, y):
-    """Gradient (n, 2) of KL(P|Q) with respect to the map y (n, 2), and that divergence."""
-    kernel = 1 / (1 + torch.cdist(y, y, compute_mode="donot_use_mm_for_euclid_dist").square())
+    """The gradient (n, 2) of KL(P|Q) with respect to the map y (n, 2), and KL(P|Q) in nats."""
+    kernel = 1 / (1 + distances(y).square())                    # Student's t, one degree of freedom
     kernel.fill_diagonal_(0)
     Q = (kernel / kernel.sum()).clamp(min=1e-12)
     force = (P - Q) * kernel
@@ -85,20 +76,20 @@ def gradient(P, y):
 
 
 def tsne(x, perplexity=30., seed=0, iterations=1000):
-    """A map y (n, 2) of x (n, D), and its divergence KL(P|Q) in nats. The same for the same seed, on one device.
+    """A map y (n, 2) of x (n, D), and KL(P|Q) in nats; deterministic on a given device.
 
-    Starts from the first two principal components, made small; P is exaggerated fourfold, as in the paper of t-SNE, for the
-    first 250 iterations (twelvefold, now usual, ended up to 9 % higher on Figure 3's logits); momentum is .5 in them and
-    .8 after; each coordinate's step grows while its sign persists (Jacobs 1988).
+    The map starts from the first two principal components. For the first 250 iterations, P is
+    multiplied by 4, as in van der Maaten & Hinton (12, now usual, ended up to 9 % higher on Figure
+    3's logits), and momentum is .5; then .8. The step of a coordinate grows while its sign persists
+    (Jacobs 1988).
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    P = affinities(x, perplexity).to(x.dtype)
-    centred = x - x.mean(0)
-    generator = torch.Generator().manual_seed(seed)
-    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
-    y = centred @ axes[:2].T
-    y = y / y[:, 0].std() * 1e-4 + 1e-6 * torch.randn(y.shape, generator=generator).to(y)       # equal points must part
-    rate, velocity, gain = max(len(x) / 12 / 4, 50.), torch.zeros_like(y), torch.ones_like(y)
+    P = affinities(x, perplexity)
+    U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    y = U[:, :2] * S[:2]                                        # principal components
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
+    y = y / y[:, 0].std() * 1e-4 + 1e-6 * noise.to(y)           # noise separates equal points
+    rate = max(len(x) / 48, 50.)                                # as in scikit-learn
+    velocity, gain = torch.zeros_like(y), torch.ones_like(y)
     for i in range(iterations):
         early = i < 250
         slope, _ = gradient(4 * P if early else P, y)
@@ -108,155 +99,191 @@ def tsne(x, perplexity=30., seed=0, iterations=1000):
     return y - y.mean(0), gradient(P, y)[1].item()
 
 
-# how well classes are told apart, in any space
+# How well labels (n,) are separated in x (n, D), in any space.
 
 def silhouette(x, labels):
-    """Mean silhouette, -1 to 1, of labels (n,) in x (n, D) by Euclidean distance (Rousseeuw 1987)."""
-    distance, onehot = torch.cdist(x, x), torch.nn.functional.one_hot(labels).to(x)
-    count = onehot.sum(0)
-    to_class = distance @ onehot                                # (n, classes), sums
-    own = to_class.gather(1, labels[:, None])[:, 0] / (count[labels] - 1).clamp(min=1)
-    other = (to_class / count).scatter(1, labels[:, None], math.inf).amin(1)
-    return ((other - own) / torch.maximum(other, own)).mean().item()
+    """Mean silhouette, -1 to 1, by Euclidean distance (Rousseeuw 1987).
+
+    That of a point is (b - a) / max(a, b), for its mean distances a to the others of its label and
+    b to the nearest other label. It is 0 if its label has no other point, or if a = b = 0.
+    """
+    member = one_hot(labels).to(x)
+    count = member.sum(0)
+    total = distances(x) @ member                               # (n, labels): sums of distances
+    a = total.gather(1, labels[:, None])[:, 0] / (count[labels] - 1).clamp(min=1)
+    b = (total / count).scatter(1, labels[:, None], math.inf).amin(1)
+    largest = torch.maximum(a, b)
+    undefined = (count[labels] == 1) | (largest == 0)
+    return torch.where(undefined, 0, (b - a) / largest).mean().item()
 
 
 def agreement(x, labels, k=NEIGHBOURS):
-    """Share of points, in percent, whose k nearest others vote for their own label; the point itself is left out."""
-    nearest = torch.cdist(x, x).fill_diagonal_(math.inf).topk(min(k, len(x) - 1), largest=False).indices
-    votes = torch.nn.functional.one_hot(labels[nearest]).sum(1)
+    """Percentage of points whose k nearest others vote for the point's own label."""
+    others = distances(x).fill_diagonal_(math.inf)
+    nearest = others.topk(min(k, len(x) - 1), largest=False).indices            # (n, k)
+    votes = one_hot(labels[nearest]).sum(1)                     # (n, labels)
     return 100 * (votes.argmax(1) == labels).double().mean().item()
 
 
-# the picture
+# Images and features.
 
 def choose(dataset, classes, per_class, seed):
-    """`classes` random classes and `per_class` training images of each: (names, images, labels 0 to classes - 1)."""
-    labels = dataset.train.labels
+    """`per_class` training images of each of `classes` random classes: `(names, images, labels)`.
+
+    Labels are 0 to classes - 1. Raises UserError if there are not enough.
+    """
     if len(dataset.classes) < classes:
-        raise SystemExit(f"--classes {classes}: the data has {len(dataset.classes)} classes")
+        raise UserError(f"--classes {classes}: the data has {len(dataset.classes)} classes")
     rng = augment.generator(seed, 7)
-    which, chosen = np.sort(rng.permutation(len(dataset.classes))[:classes]), []
-    for c in which:
-        of_class = (labels == int(c)).nonzero()[:, 0].numpy()
-        if len(of_class) < per_class:
-            raise SystemExit(f"--per-class {per_class}: class {dataset.classes[c]} has {len(of_class)} training images")
-        chosen.append(rng.permutation(of_class)[:per_class])
-    images = dataset.train.take(np.concatenate(chosen))
-    return [dataset.classes[c] for c in which], images, torch.arange(classes).repeat_interleave(per_class)
-
-
-def repeated(images, n, times):
-    """`times` copies of n of the images, the first of each class, and which copy is whose: for views of one image."""
-    which = torch.arange(n).repeat_interleave(times)
-    return images.take((which * (len(images) // n)).numpy()), which
+    chosen, rows = np.sort(rng.permutation(len(dataset.classes))[:classes]), []
+    for c in chosen:
+        members = np.flatnonzero(dataset.train.labels.numpy() == c)
+        if len(members) < per_class:
+            raise UserError(f"--per-class {per_class}: class {dataset.classes[c]} has "
+                            f"{len(members)} training images")
+        rows.append(rng.permutation(members)[:per_class])
+    names = [dataset.classes[c] for c in chosen]
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    return names, dataset.train.take(np.concatenate(rows)), labels
 
 
 @torch.no_grad()
-def features(encoder, images, how, settings, feature, device, seed, workers):
-    """Features (n, D) of the images in their order under the augmentation `how` (AUGMENTATIONS)."""
-    (stack, area), n = AUGMENTATIONS[how], len(images)
-    module = augment.Augment(stack, scale=settings.get("normalisation", settings["scale"]), blur=settings["size"] > data.SMALL)
+def features(model, feature, images, augmentation, seed, device):
+    """Features (n, D) of the images, in their order, under one of AUGMENTATIONS.
+
+    `model` is (encoder, settings); `feature` is named as in `Encoder.embed`.
+    """
+    (encoder, settings), (stack, area) = model, AUGMENTATIONS[augmentation]
+    n, size = len(images), settings["size"]
+    module = augment.Augment(stack, blur=size > data.SMALL, seed=seed,
+                             normalisation=settings.get("normalisation", settings["scale"]))
+    options = dict(size=size, batch=n, device=device, workers=data.default_workers())
     if area is None:
-        x = torch.cat(list(data.whole(images, size=settings["size"], batch=n, device=device, workers=workers)))[None]
-        index = torch.arange(n)
+        order = np.arange(n)
+        x = torch.stack(list(data.whole(images, **options)))    # (1, n, 3, size, size)
     else:
-        _, x, index = next(data.views(images, 1, size=settings["size"], area=area, batch=n, seed=seed, start=0, stop=1,
-                                      device=device, workers=workers, drop_last=False))
-    x, = module.to(device)(x, seed, 0, n)
-    found = torch.cat([encoder.embed(part, feature) for part in x.split(128)]).float()
-    return torch.empty_like(found).index_copy_(0, index.to(device), found)
+        # `views` yields the images in this order. The indices that it returns do not say which row
+        # belongs to which image, because another image is read in place of an unreadable one.
+        order = data.permutation(n, seed, epoch=0)
+        _, x, _ = next(data.views(images, 1, area=area, seed=seed, start=0, stop=1, **options))
+    encoder.to(device).eval()
+    x, = module.to(device)(x, 0)                                # (n, 3, size, size) float32
+    found = torch.cat([encoder.embed(part, feature) for part in x.split(128)])
+    return found[order.argsort()]
 
 
-def read(path, scale, device):
-    """`(encoder, settings)`, in eval mode on `device`."""
-    encoder, settings = load_encoder(path)
-    return encoder.to(device).eval(), {"scale": scale, **settings}
+# Flags and the picture.
+
+def flags():
+    parser = train.Parser("tsne_aug.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("data", nargs="?", metavar="DATA", help="class folders (default: the embedded textures)")
+    add("--encoder", metavar="FILE", help="supervised model: a run of linear_probe.py --train all "
+        "(default), torchvision's weights, or `torchvision`, which downloads them")
+    add("--compare", metavar="FILE", help="a contrastive model, of which h is shown too")
+    add("--classes", type=int, choices=range(2, 11), default=10)
+    add("--per-class", type=train.COUNT, default=64, metavar="n",
+        help="training images per class; in the row by instance, views per image")
+    add("--perplexity", type=train.POSITIVE, default=30.)
+    add("--seed", type=train.NATURAL, default=0, metavar="n")
+    add("--out", type=Path, default="runs/tsne_aug", metavar="DIR")
+    return parser
 
 
-def panel(name, x, labels, args):
-    """A map and its scores in the features and in the plane, as a dict."""
-    y, divergence = tsne(x, args.perplexity, args.seed)
-    return dict(name=name, y=y.cpu(), labels=labels.tolist(), divergence=divergence, dimensions=x.shape[1],
-                silhouette=[silhouette(v, labels.to(v.device)) for v in (x, y)],
-                agreement=[agreement(v, labels.to(v.device)) for v in (x, y)])
+def row(what, names, labels, named_features, args):
+    """Maps [y (n, 2)] of the features {name: x (n, D)}, and what figure3.json says about them.
+
+    A score is a pair: in the features, and in the map.
+    """
+    ddp.say(f"{what}:")
+    maps, panels = [], []
+    for name, x in named_features.items():
+        y, divergence = tsne(x, args.perplexity, args.seed)
+        own = labels.to(x.device)
+        scores = {"name": name, "dimensions": x.shape[1], "divergence": divergence,
+                  "silhouette": [silhouette(x, own), silhouette(y, own)],
+                  "agreement": [agreement(x, own), agreement(y, own)]}
+        maps.append(y.cpu())
+        panels.append(scores)
+        ddp.say(f"  {name}: {describe(scores)}".replace("\n", ", "))
+    return maps, {"what": what, "names": names, "panels": panels}
 
 
-def draw(path, rows, title):
-    """`rows` of (what, legend's title, names, panels)."""
-    from matplotlib.figure import Figure                        # here: it takes a while to import
-    figure = Figure(figsize=(13.5, 4.7 * len(rows) + .4), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+def describe(scores):
+    return ("silhouette {:.2f} in the features, {:.2f} in the map\n"
+            "{}-NN agreement {:.0f} % in the features, {:.0f} % in the map").format(
+                *scores["silhouette"], NEIGHBOURS, *scores["agreement"])
+
+
+def draw(path, rows, labels, title):
+    from matplotlib.figure import Figure                        # slow to import
+    figure = Figure(figsize=(13.5, 5 * len(rows)), layout="constrained")
+    figure.suptitle(title)
     parts = figure.subfigures(len(rows), squeeze=False)[:, 0]
-    for part, (what, legend, names, panels) in zip(parts, rows):
-        axes = part.subplots(1, len(panels))
-        for axis, found in zip(axes, panels):
-            labels = np.array(found["labels"])
-            for i, name in enumerate(names):
-                axis.scatter(*found["y"][labels == i].T.numpy(), s=16, c=COLOURS[i], marker=MARKERS[i], label=name,
-                             linewidths=0)
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(found["name"], fontsize=10)
-            axis.set_xlabel(f"in the {found['dimensions']} features | in the plane\n"
-                            "silhouette {:.2f} | {:.2f}   {}-NN {:.0f} % | {:.0f} %".format(
-                                *found["silhouette"], NEIGHBOURS, *found["agreement"]), fontsize=9)
-        part.suptitle(what, fontsize=10)
-        part.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title=legend, fontsize=8, markerscale=1.5)
+    for part, (maps, found) in zip(parts, rows):
+        axes = part.subplots(1, 3)
+        for axis, y, scores in zip(axes, maps, found["panels"]):
+            for i, name in enumerate(found["names"]):
+                axis.scatter(*y[labels == i].T, s=9, c=COLOURS[i], marker=MARKERS[i], label=name)
+            axis.set(xticks=[], yticks=[], title=scores["name"])
+            axis.set_xlabel(describe(scores), fontsize=9)
+        part.suptitle(found["what"])
+        part.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=90)
 
 
-@train.guarded
+def read_supervised(path, scale):
+    """`(encoder, settings)` of --encoder. Raises UserError if it is missing or not supervised."""
+    default = f"runs/linear_probe-{scale}-supervised/checkpoint.pt"
+    if path is None and not Path(default).exists():
+        raise UserError(f"{default}: no such file; make it with `python linear_probe.py [DATA] "
+                        "--train all`, or name another with --encoder")
+    encoder, settings = load_encoder(path or default)
+    script = settings.get("script", "linear_probe")
+    if script != "linear_probe":
+        raise UserError(f"--encoder {path}: a run of {script}.py, which has no classes; expected a "
+                        "supervised model, and contrastive ones as --compare")
+    return encoder, settings
+
+
 def main(argv=None):
-    args = parse_args(argv)
-    device, began = ddp.init(), time.time()
-    dataset = data.open_data(args.data)
-    print(f"data: {dataset.description}; scale {dataset.scale}")
-    if dataset.train.labels is None:
-        raise SystemExit(f"{args.data}: labels are needed, in train/<class>/")
+    args = flags().parse_args(argv)
+    n, began = args.classes * args.per_class, time.time()
+    if not 1 < args.perplexity < n / 3:
+        raise UserError(f"--perplexity {args.perplexity:g}: expected above 1 and below a third of "
+                        f"the {n} points")
+    device, dataset = ddp.init(), data.open_labelled(args.data)
     names, images, labels = choose(dataset, args.classes, args.per_class, args.seed)
-    path = args.encoder or f"runs/linear_probe-{dataset.scale}-supervised/checkpoint.pt"
-    if not args.encoder and not Path(path).exists():
-        raise SystemExit(f"{path}: no such file; make it with `python linear_probe.py [DATA] --train all`, or name another "
-                         "with --encoder")
-    models = [(*read(path, dataset.scale, device), "z", path)]
-    if models[0][1].get("script", "linear_probe") != "linear_probe":
-        raise SystemExit(f"--encoder {path}: a run of {models[0][1]['script']}.py, which has no classes; expected a supervised "
-                         "model (linear_probe.py --train all), and contrastive ones as --compare")
+    models = {"z": read_supervised(args.encoder, dataset.scale)}
     if args.compare:
-        models.append((*read(args.compare, dataset.scale, device), "h", args.compare))
-    rows, workers = [], data.default_workers()
-    for encoder, settings, feature, name in models:
-        panels = []
-        for how in AUGMENTATIONS:
-            x = features(encoder, images, how, settings, feature, device, args.seed, workers)
-            panels.append(panel(how, x, labels, args))
-            print(f"{name}, {how}: " + scores(panels[-1]), flush=True)
-        what = "logits of a supervised model" if feature == "z" else "dimensions of h of a contrastive model"
-        rows.append((f"{x.shape[1]} {what} ({settings['arch']}), {len(images)} images, by class", "class", names, panels))
+        models["h"] = load_encoder(args.compare)
+    rows = []
+    for feature, model in models.items():
+        what = (f"{model[0].width(feature)} {KINDS[feature]} ({model[1]['arch']}), {n} images, by "
+                "class")
+        named = {f"{how} augmentation": features(model, feature, images, how, args.seed, device)
+                 for how in AUGMENTATIONS}
+        rows.append(row(what, names, labels, named, args))
     if args.compare:
-        many, instance = repeated(images, args.classes, args.per_class)
-        panels = []
-        for (encoder, settings, feature, name), how in ((models[1], "weak augmentation"), (models[1], "strong augmentation"),
-                                                        (models[0], "strong augmentation")):
-            x = features(encoder, many, how, settings, feature, device, args.seed, workers)
-            panels.append(panel(f"{'h' if feature == 'h' else 'logits'}, {how}", x, instance, args))
-            print(f"{name}, by instance, {how}: " + scores(panels[-1]), flush=True)
-        rows.append((f"{args.classes} images, {args.per_class} views of each, by instance", "image of", names, panels))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    draw(out / "figure3.png", rows, f"t-SNE, perplexity {args.perplexity:g}: {dataset.description}")
-    kept = [{"what": what, "names": names, "panels": [{k: v for k, v in p.items() if k not in ("y", "labels")} for p in panels]}
-            for what, _, names, panels in rows]
-    (out / "figure3.json").write_text(json.dumps(
-        {"rows": kept, "classes": args.classes, "per_class": args.per_class, "perplexity": args.perplexity, "seed": args.seed,
-         "data": dataset.description, "encoders": [{k: v for k, v in m[1].items() if k != "data"} for m in models],
-         "minutes": (time.time() - began) / 60, **train.machine(device)}, indent=1))
-    print(f"figure3.png and figure3.json in {out}")
-
-
-def scores(found):
-    return "silhouette {:.3f} (plane {:.3f})  {}-NN {:.1f} % (plane {:.1f} %)  KL {:.3f}".format(
-        *found["silhouette"], NEIGHBOURS, *found["agreement"], found["divergence"])
+        # The first image of each class, `per_class` times: now the labels tell images apart.
+        repeated = images.take((labels * args.per_class).numpy())
+        named = {}
+        for feature, how in (("h", "weak"), ("h", "strong"), ("z", "strong")):
+            named[f"{feature}, {how} augmentation"] = features(
+                models[feature], feature, repeated, how, args.seed, device)
+        what = (f"{args.classes} images, {args.per_class} views of each, by instance (h of the "
+                "contrastive model; z: logits of the supervised model)")
+        rows.append(row(what, names, labels, named, args))
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw(args.out / "figure3.png", rows, labels,
+         f"t-SNE maps with perplexity {args.perplexity:g}: {dataset.description}")
+    content = {"rows": [found for _, found in rows], "classes": args.classes,
+               "per_class": args.per_class, "perplexity": args.perplexity, "seed": args.seed,
+               "data": dataset.description, "minutes": (time.time() - began) / 60,
+               "encoders": [settings for _, settings in models.values()], **run.machine(device)}
+    (args.out / "figure3.json").write_text(json.dumps(content, indent=1))
+    ddp.say(f"figure3.png and figure3.json in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    train.launch(main, less_memory="a smaller --per-class")

@@ -1,85 +1,91 @@
-"""Augmentations, batched, on the device of the images, with parameters drawn per image (facts of each stack below).
+"""Augmentations (Sec. 4): batched, on the device of the images, with parameters drawn per image.
 
-Parameters are drawn on the CPU from (seed, step), for the whole global batch, and each process takes its rows: so the
-number of workers, of processes, and a resumption change nothing of what is seen. One thing is drawn per batch and view
-where torchvision draws it per image: the order of jitter's four operations.
+Parameters are drawn on the CPU from (seed, step) for the whole global batch, and each process takes
+its rows. So the number of workers or processes, and resuming a run, change nothing. One parameter
+is drawn per batch and view, where torchvision draws it per image: the order of the jitter.
 """
 
-import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# channel means and standard deviations of images in [0, 1]
+from common import ddp
+
+# Channel means and standard deviations of images in [0, 1].
 NORMALISE = {"imagenet": ((.485, .456, .406), (.229, .224, .225)),
              "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010)),
              "textures": ((.5, .5, .5), (.17, .17, .17)),
-             "unit": ((0., 0., 0.), (1., 1., 1.))}              # none at all: SimCLR's images stay in [0, 1]
-# what follows the random resized crop: operation and probability, in the released order
-STACKS = {"moco_v1": (("gray", .2), ("jitter", 1.), ("flip", .5)),                   # He et al. 2020
-          "moco_v2": (("jitter", .8), ("gray", .2), ("blur", .5), ("flip", .5)),     # Chen et al. 2020c; strong
-          "simclr": (("flip", .5), ("jitter", .8), ("gray", .2), ("blur", .5)),      # Chen et al. 2020a
-          "instdisc_cifar10": (("jitter", 1.), ("gray", .2)),                        # Wu et al. 2018, whose ImageNet is v1's
-          "weak": (("flip", .5),),                                                   # supervised, linear probe
-          "none": ()}
-GRAY = (.2989, .587, .114)                                      # ITU-R 601, as PIL and torchvision
+             "unit": ((0., 0., 0.), (1., 1., 1.))}              # none: SimCLR
+# What follows the random resized crop: operation and probability, in the released order.
+STACKS = {
+    "moco_v1": (("gray", .2), ("jitter", 1.), ("flip", .5)),    # He et al. 2020
+    "moco_v2": (("jitter", .8), ("gray", .2), ("blur", .5), ("flip", .5)),      # Chen et al. 2020c
+    "simclr": (("flip", .5), ("jitter", .8), ("gray", .2), ("blur", .5)),       # Chen et al. 2020a
+    "instdisc_cifar10": (("jitter", 1.), ("gray", .2)),         # Wu et al. 2018; ImageNet: moco_v1
+    "weak": (("flip", .5),),                                    # supervised, linear probe
+    "none": ()}
+GRAY = (.2989, .587, .114)                                      # ITU-R 601, as in PIL
 BLUR_SIGMA = (.1, 2.)                                           # pixels
-CACHED = 8 * 3 * 224 ** 2                                       # values of images worked on at once on a CPU
-BLUR_RADIUS = 8                                                 # 4 sigma: PIL's has no sharp end, SimCLR's has 11
+BLUR_RADIUS = 8                                                 # pixels: 4 sigma
+CACHED = 8 * 3 * 224 ** 2                                       # numbers that fit a CPU's cache
 
 
 def generator(*key):
-    """A numpy generator for a tuple of integers such as (seed, step, purpose); unequal keys give unrelated streams."""
+    """A numpy generator for a tuple of integers, such as (seed, step, purpose)."""
     return np.random.default_rng(key)
 
 
 def jitter_strength(s):
-    """Brightness, contrast, saturation, hue for SimCLR's strength s, Table 2 (b); MoCo v2 is s = 1/2."""
+    """Brightness, contrast, saturation and hue for SimCLR's strength s (Table 2 (b)).
+
+    MoCo v2 has s = 1/2.
+    """
     return .8 * s, .8 * s, .8 * s, .2 * s
 
 
 def crop_boxes(height, width, u, area, ratio=(3 / 4, 4 / 3)):
-    """Random resized crops: boxes (n, 4) int64, top, left, height, width, in pixels; torchvision's rule.
+    """Random resized crops as torchvision draws them: boxes (n, 4) int64, in pixels.
 
-    `height`, `width` are numbers or (n,); `u` (n, 22) is uniform in [0, 1): ten tries at area and aspect ratio, then the
-    place. If no try fits, the largest centred crop within `ratio`. `area` (lo, hi) is a share of the image's.
+    A box is (top, left, height, width). `u` (n, 22) is uniform in [0, 1): ten tries of area and
+    aspect ratio, then the position. If no try fits, the largest centred crop within `ratio`.
+    `area` (lo, hi) is a share of the image's area.
     """
-    height, width = (np.broadcast_to(np.asarray(v, np.float64), len(u)) for v in (height, width))
-    pixels = (height * width)[:, None] * (area[0] + u[:, :10] * (area[1] - area[0]))
-    aspect = np.exp(math.log(ratio[0]) + u[:, 10:20] * (math.log(ratio[1]) - math.log(ratio[0])))
-    w, h = np.round(np.sqrt(pixels * aspect)), np.round(np.sqrt(pixels / aspect))
-    fits = (0 < w) & (w <= width[:, None]) & (0 < h) & (h <= height[:, None])
+    area = height * width * (area[0] + u[:, :10] * (area[1] - area[0]))         # (n, 10)
+    log_ratio = np.log(ratio)
+    aspect = np.exp(log_ratio[0] + u[:, 10:20] * (log_ratio[1] - log_ratio[0]))
+    w, h = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
     first, n = fits.argmax(1), np.arange(len(u))
     w, h, fits = w[n, first], h[n, first], fits.any(1)
-    w = np.where(fits, w, np.minimum(width, np.round(height * ratio[1])))
-    h = np.where(fits, h, np.minimum(height, np.round(width / ratio[0])))
+    w = np.where(fits, w, min(width, round(height * ratio[1])))
+    h = np.where(fits, h, min(height, round(width / ratio[0])))
     top = np.where(fits, np.floor(u[:, 20] * (height - h + 1)), (height - h) // 2)
     left = np.where(fits, np.floor(u[:, 21] * (width - w + 1)), (width - w) // 2)
     return np.stack([top, left, h, w], 1).astype(np.int64)
 
 
 def _resize_weights(start, length, source, size):
-    """Rows of an antialiased bilinear filter, (n, size, source): what torchvision's resize of a crop computes."""
-    scale = length[:, None, None] / size
-    centre = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + .5) * scale
+    """The antialiased bilinear filter of torchvision's resize, (n, size, source)."""
+    start, end = start[:, None, None], (start + length)[:, None, None]
+    step = (end - start) / size
+    centre = start + (torch.arange(size, device=start.device)[:, None] + .5) * step
     pixel = torch.arange(source, device=start.device) + .5
-    weight = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    inside = (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
-    weight = weight * inside
+    weight = (1 - (pixel - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    weight = weight * (pixel > start) * (pixel < end)
     return weight / weight.sum(2, keepdim=True)
 
 
 def crop_resize(images, boxes, size):
-    """Crop each image to its box and resize it: (n, 3, H, W) uint8, (n, 4) -> (n, 3, size, size) uint8.
+    """Crop each image to its box and resize it: (n, 3, H, W) uint8 -> (n, 3, size, size) uint8.
 
-    Two batched matrix products instead of n calls: for small images that are in memory already.
+    For small images in memory: two batched matrix products instead of n calls.
     """
     n, channels, height, width = images.shape
-    boxes = boxes.to(images.device).float()
-    rows = _resize_weights(boxes[:, 0], boxes[:, 2], height, size)              # (n, size, H)
-    columns = _resize_weights(boxes[:, 1], boxes[:, 3], width, size)            # (n, size, W)
+    top, left, box_height, box_width = boxes.to(images.device).float().unbind(1)
+    rows = _resize_weights(top, box_height, height, size)                       # (n, size, H)
+    columns = _resize_weights(left, box_width, width, size)                     # (n, size, W)
     x = images.float().reshape(n, channels * height, width) @ columns.mT        # (n, 3 H, size)
     x = rows[:, None] @ x.view(n, channels, height, size)                       # (n, 3, size, size)
     return x.round_().clamp_(0, 255).to(torch.uint8)
@@ -89,19 +95,23 @@ def _gray(x):
     return GRAY[0] * x[:, 0] + GRAY[1] * x[:, 1] + GRAY[2] * x[:, 2]            # (n, H, W)
 
 
+def _blend(x, other, factor):
+    """factor x + (1 - factor) other, clamped, in place; one factor per image."""
+    factor = factor.view(-1, 1, 1, 1)
+    return x.mul_(factor).add_((1 - factor) * other).clamp_(0, 1)
+
+
 def brightness(x, factor):
     return x.mul_(factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def contrast(x, factor):
-    factor = factor.view(-1, 1, 1, 1)
-    mean = (x.mean((2, 3)) * x.new_tensor(GRAY)).sum(1).view(-1, 1, 1, 1)       # of the grey image
-    return x.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
+    mean = _gray(x.mean((2, 3), keepdim=True))                                  # (n, 1, 1)
+    return _blend(x, mean[:, None], factor)
 
 
 def saturation(x, factor):
-    factor, gray = factor.view(-1, 1, 1, 1), _gray(x)[:, None]
-    return x.mul_(factor).add_((1 - factor) * gray).clamp_(0, 1)
+    return _blend(x, _gray(x)[:, None], factor)
 
 
 def hue(x, shift):
@@ -109,15 +119,20 @@ def hue(x, shift):
     red, green, blue = x.unbind(1)
     high, low = x.amax(1), x.amin(1)                            # (n, H, W)
     chroma = high - low
-    # sector of the colour circle: by the channel that is highest; arithmetic, as where() is 20 times slower on a CPU
+    # The sector of the colour circle depends on which channel is highest. Arithmetic instead of
+    # where(), which is 20 times slower on a CPU.
     turn = torch.lerp(blue - red + 2 * chroma, red - green + 4 * chroma, (high - green).sign_())
     turn = torch.lerp(green - blue, turn, (high - red).sign_())
     turn.div_(chroma.clamp(min=1e-12)).div_(6).add_(shift.view(-1, 1, 1))
     sector = turn.sub_(turn.floor()).mul_(6)
+    # Each channel is the lowest value plus the chroma times a trapezoid of the sector.
     shares = (sector - 3).abs_().sub_(1), 2 - (sector - 2).abs_(), 2 - (sector - 4).abs_()
-    for channel, share in zip((red, green, blue), shares):      # each channel is low plus a trapezoid of the sector
+    for channel, share in zip((red, green, blue), shares):
         torch.addcmul(low, share.clamp_(0, 1), chroma, out=channel)
     return x
+
+
+JITTER = (brightness, contrast, saturation, hue)
 
 
 def grayscale(x):
@@ -125,77 +140,98 @@ def grayscale(x):
 
 
 def blur(x, sigma, radius=BLUR_RADIUS, border="reflect"):
-    """Gaussian blur with `sigma` (n,) pixels, `border` as in torch's pad: two convolutions, each channel its own."""
+    """Gaussian blur with `sigma` (n,) pixels; `border` as in torch's pad."""
     n, channels, height, width = x.shape
-    reach = min(radius, height - 1, width - 1)
-    offset = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    radius = min(radius, height - 1, width - 1)
+    offset = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = torch.softmax(-.5 * (offset / sigma[:, None]) ** 2, 1).repeat_interleave(channels, 0)
-    x = F.pad(x.reshape(1, n * channels, height, width), (reach,) * 4, mode=border)
+    x = F.pad(x.reshape(1, n * channels, height, width), (radius,) * 4, mode=border)
     x = F.conv2d(x, kernel[:, None, None], groups=n * channels)
-    return F.conv2d(x, kernel[:, None, :, None], groups=n * channels).view(n, channels, height, width)
+    x = F.conv2d(x, kernel[:, None, :, None], groups=n * channels)
+    return x.view(n, channels, height, width)
 
 
 class Augment(nn.Module):
-    """What follows the crop: uint8 views (V, N, 3, H, W) -> V normalised views (N, 3, H, W) float32, channels_last.
+    """What follows the crop: uint8 views -> normalised float32 views.
 
-    `stack` names the operations (STACKS), `jitter` their strengths (`jitter_strength`), `blur` whether there is any.
-    `scale` names the normalisation (NORMALISE). Of the global batch's parameters the images x have those of `rows`.
+    `stack` names the operations (STACKS), `jitter` their strengths (`jitter_strength`),
+    `normalisation` the mean and deviation (NORMALISE). `blur` False leaves the blur out.
     """
 
-    def __init__(self, stack, jitter=jitter_strength(.5), blur=True, scale="imagenet"):
+    def __init__(self, stack, jitter=jitter_strength(.5), blur=True, normalisation="imagenet",
+                 seed=0):
         super().__init__()
         self.operations = tuple((name, p) for name, p in STACKS[stack] if blur or name != "blur")
-        self.jitter, self.simclr = jitter, stack == "simclr"    # whose blur has one sigma per batch and view, and ends in 0
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALISE[scale])
+        self.jitter, self.seed = jitter, seed
+        # SimCLR draws one sigma per batch and view, and pads with zeros.
+        self.simclr = stack == "simclr"
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in NORMALISE[normalisation])
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
-    def draw(self, views, batch, seed, step):
-        """The parameters of a global batch, a dict of tensors (views, batch, ...) on the CPU.
+    def forward(self, x, step, batch=None):
+        """x (V, N, 3, H, W) uint8 -> V views (N, 3, H, W) float32, channels_last.
 
-        `flip`, `gray` say whether; `factors` (..., 4) holds brightness, contrast, saturation (1 is none) and hue in
-        turns (0 is none); `sigma` is the blur's, in pixels (0 is none); `order` (views, 4) is jitter's, per view.
+        x is this process's part of a global batch of `batch` images (default: W N).
         """
-        rng, p = generator(seed, step, 2), dict(self.operations)
-        chance, shape = rng.random((4, views, batch)), (views, batch)
-        width = np.array(self.jitter)                           # factors are uniform in [1 - width, 1 + width]
-        factors = rng.uniform([*np.maximum(0, 1 - width[:3]), -width[3]], [*(1 + width[:3]), width[3]], (*shape, 4))
+        batch = batch or x.shape[1] * ddp.world()
+        return self.apply(x, self.draw(len(x), batch, step), ddp.rows(batch))
+
+    def draw(self, views, batch, step):
+        """The parameters of a global batch: a dict of tensors (views, batch, ...) on the CPU.
+
+        `flip`, `gray`: whether. `factors` (..., 4): brightness, contrast, saturation (1 for none)
+        and hue in turns (0 for none). `sigma` of the blur in pixels (0 for none). `order`
+        (views, 4): that of the jitter.
+        """
+        rng, p, shape = generator(self.seed, step, 2), dict(self.operations), (views, batch)
+        chance = rng.random((4, *shape))
+        width = np.array(self.jitter)
+        low, high = 1 - width, 1 + width                        # factors are uniform in between
+        low[:3] = np.maximum(0, low[:3])
+        factors = rng.uniform(low, high, (*shape, 4)) - (0, 0, 0, 1)
         factors[chance[0] >= p.get("jitter", 0)] = (1, 1, 1, 0)
-        sigma = rng.uniform(*BLUR_SIGMA, (views, 1) if self.simclr else shape) * (chance[1] < p.get("blur", 0))
+        sigma = rng.uniform(*BLUR_SIGMA, (views, 1) if self.simclr else shape)
         draws = {"flip": chance[2] < p.get("flip", 0), "gray": chance[3] < p.get("gray", 0),
-                 "sigma": sigma.astype(np.float32), "factors": factors.astype(np.float32),
+                 "sigma": (sigma * (chance[1] < p.get("blur", 0))).astype(np.float32),
+                 "factors": factors.astype(np.float32),
                  "order": np.stack([rng.permutation(4) for _ in range(views)])}
         return {name: torch.from_numpy(value) for name, value in draws.items()}
 
-    def apply_draws(self, x, draw):
-        """One view (n, 3, H, W) uint8 under its own parameters, a dict of (n, ...): normalised, float32."""
+    def apply(self, x, draws, rows=slice(None)):
+        """The views of x, with the parameters of `rows` (a slice or indices) in `draws`."""
+        # On a CPU, a few images at a time, which fit in its cache: nearly twice as fast.
+        n = x.shape[1]
+        size = n if x.is_cuda else max(1, CACHED // x[0, :1].numel()) if n else 1
+        views = []
+        for v, view in enumerate(x):
+            own = {name: draw[v][rows] for name, draw in draws.items() if name != "order"}
+            done = []
+            for start in range(0, max(n, 1), size):
+                part = {name: draw[start:start + size] for name, draw in own.items()}
+                part["order"] = draws["order"][v]
+                done.append(self.transform(view[start:start + size], part))
+            views.append(torch.cat(done))
+        return views
+
+    def transform(self, x, draw):
+        """One view (n, 3, H, W) uint8 with its own parameters, tensors (n, ...) -> float32."""
         x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         for name, _ in self.operations:
             if name == "jitter":
                 factors = draw["factors"].to(x.device)
                 for i in draw["order"].tolist():
-                    x = (brightness, contrast, saturation, hue)[i](x, factors[:, i])
+                    x = JITTER[i](x, factors[:, i])
                 continue
             chosen = (draw["sigma"] > 0 if name == "blur" else draw[name]).nonzero().flatten()
-            index = chosen.to(x.device)                         # known on the CPU: nothing waits for the device
+            index = chosen.to(x.device)
             if not len(index):
                 continue
             if name == "gray":
                 x[index] = grayscale(x[index])
-            elif name == "blur":
-                how = (x.shape[3] // 20, "constant") if self.simclr else ()         # 23 taps at 224 pixels
-                x[index] = blur(x[index], draw["sigma"][chosen].to(x.device), *how)
             elif name == "flip":
                 x[index] = x[index].flip(3)
+            else:
+                simclr = (x.shape[3] // 20, "constant") if self.simclr else ()  # 23 taps at 224
+                x[index] = blur(x[index], draw["sigma"][chosen].to(x.device), *simclr)
         return x.sub_(self.mean).div_(self.std).to(memory_format=torch.channels_last)
-
-    def forward(self, x, seed, step, batch, rows=slice(None)):
-        return self.apply(x, self.draw(len(x), batch, seed, step), rows)
-
-    def apply(self, x, draws, rows=slice(None)):
-        """The views of x under the parameters that `rows` (a slice or indices) of a global batch have in `draws`."""
-        # on a CPU a few images at a time, which its cache can hold: nearly twice as fast
-        part = len(x[0]) if x.is_cuda else max(1, CACHED // x[0, 0].numel())
-        return [torch.cat([self.apply_draws(images, {name: t[v] if name == "order" else t[v, rows][i * part:(i + 1) * part]
-                                                     for name, t in draws.items()})
-                           for i, images in enumerate(view.split(part))]) for v, view in enumerate(x)]

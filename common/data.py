@@ -1,8 +1,9 @@
-"""Images from what a path holds, and batches of random crops of them.
+"""What a folder of images holds, and batches of random crops.
 
-Nothing given: the embedded textures. A folder: class folders under train/ and val/ or test/; the CIFAR-10 batches of
-torchvision; or images without classes, for pre-training only. Small images are decoded once and stay in memory; of
-others a worker decodes the file, once for all views, and hands over uint8 crops. What follows the crop is augment.py's.
+Without a folder: the embedded textures. With one: class folders under train/ and val/ or test/, the
+CIFAR-10 batches of torchvision, or images without classes, for pre-training only. Small images are
+decoded once and kept in memory. For larger ones, a worker decodes a file once for all its views and
+returns uint8 crops. What follows the crop is in augment.py.
 """
 
 import dataclasses
@@ -19,34 +20,38 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from common import augment, ddp, textures
+from common import UserError, augment, ddp, textures
 
 EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # of what PIL knows; for EPS it would start a program
-SMALL = 64                                                      # pixels: up to this side, images are kept in memory
-PIECE = 256                                                     # images that a worker makes, or memory gives, at once
-BROKEN = .01                                                    # share of unreadable images that stops a run
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # PIL would run Ghostscript for EPS
+SMALL = 64                                      # images up to this side (pixels) stay in memory
+PIECE = 256                                     # images per task of a worker
+MAX_BROKEN = .01                                # share of unreadable images that stops a run
 
 
 @dataclasses.dataclass
 class Images:
-    """Images as `pixels` (n, 3, H, W) uint8 or as `files` (n,) bytes, and their `labels` (n,) int64 or None."""
+    """`pixels` (n, 3, H, W) uint8 or `files` (n,) bytes, and `labels` (n,) int64 or None."""
 
     labels: torch.Tensor = None
     pixels: torch.Tensor = None
     files: np.ndarray = None
 
     def __len__(self):
-        return len(self.files) if self.pixels is None else len(self.pixels)
+        return len(self.files if self.pixels is None else self.pixels)
 
     def take(self, rows):
         """The images `rows`, a slice or a numpy array of indices, with their labels."""
-        return Images(*(None if v is None else v[rows] for v in (self.labels, self.pixels, self.files)))
+        parts = (self.labels, self.pixels, self.files)
+        return Images(*(None if part is None else part[rows] for part in parts))
 
 
 @dataclasses.dataclass
 class Data:
-    """What a path holds. `scale` is imagenet, cifar10 or textures; `test` and `classes` are None without labels."""
+    """What a path holds. `scale` is imagenet, cifar10 or textures.
+
+    Without labels, `test` and `classes` are None.
+    """
 
     path: str
     description: str
@@ -57,133 +62,160 @@ class Data:
 
 
 def open_data(path=None):
-    """Recognise what `path` holds; None is the textures. Raises SystemExit with one line that says what was expected."""
+    """Recognise and print what the folder `path` holds; None stands for the embedded textures.
+
+    Raises UserError, which says what was expected, if it is not a folder of images.
+    """
+    dataset = _open(path)
+    ddp.say(f"data: {dataset.description}; scale {dataset.scale}")
+    return dataset
+
+
+def open_labelled(path=None):
+    """Like `open_data`. Raises UserError if there are no labels or no test images."""
+    dataset = open_data(path)
+    if dataset.test is None:
+        raise UserError(f"{path}: labels are needed; expected train/<class>/ and val/<class>/ or "
+                        "test/<class>/")
+    return dataset
+
+
+def _open(path):
     if path is None:
-        train, test = (Images(torch.from_numpy(labels), torch.from_numpy(pixels))
-                       for pixels, labels in (textures.draw(10_000, 0), textures.draw(2_000, 1)))
-        return Data(None, "embedded textures, 10000 + 2000 images of 32 pixels, 10 classes", "textures", train, test,
-                    list(textures.CLASSES))
+        splits = [Images(torch.from_numpy(labels), torch.from_numpy(pixels))
+                  for pixels, labels in (textures.draw(10_000, seed=0), textures.draw(2_000, 1))]
+        return Data(None, "embedded textures, 10000 + 2000 images of 32 pixels, 10 classes",
+                    "textures", *splits, list(textures.CLASSES))
     root = Path(path).expanduser().resolve()
     if not root.is_dir():
-        raise SystemExit(f"{path}: {'not a folder' if root.exists() else 'no such folder'}; expected a folder of images")
-    batches = root / "cifar-10-batches-py" if (root / "cifar-10-batches-py").is_dir() else root
-    if (batches / "data_batch_1").is_file():
-        return _cifar10(batches)
+        problem = "not a folder" if root.exists() else "no such folder"
+        raise UserError(f"{path}: {problem}; expected a folder of images")
+    for folder in (root, root / "cifar-10-batches-py"):
+        if (folder / "data_batch_1").is_file():
+            return _cifar10(folder)
     if (root / "train").is_dir():
         return _class_folders(root)
-    files = _find(root)
-    if not len(files):
-        raise SystemExit(f"{path}: no images in this folder; expected train/<class>/ and val/<class>/, the CIFAR-10 "
-                         f"batches, or image files ({' '.join(EXTENSIONS)})")
-    return _from_files(root, "images without classes", files, None)
-
-
-def _find(folder):
-    found = (os.path.join(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names
-             if name.lower().endswith(EXTENSIONS))
-    return np.array(sorted(map(os.fsencode, found)), dtype=np.bytes_)
+    paths = (os.path.join(folder, name)
+             for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    files = sorted(name for name in paths if name.lower().endswith(EXTENSIONS))
+    if not files:
+        raise UserError(f"{path}: no images in this folder; expected train/<class>/ and "
+                        f"val/<class>/, the CIFAR-10 batches, or files {' '.join(EXTENSIONS)}")
+    return _read_files(root, "images without classes", [(files, None)], None)
 
 
 def _cifar10(folder):
-    """Through torchvision, whose checksums come before its pickles: a stranger's pickle would run code."""
-    sets = []
-    for train in (True, False):
-        try:
-            found = torchvision.datasets.CIFAR10(folder.parent, train=train)
-        except RuntimeError:
-            raise SystemExit(f"{folder}: not CIFAR-10's batches: a file is missing or its checksum is wrong")
-        sets.append(Images(torch.tensor(found.targets), torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()))
-    return Data(str(folder), "CIFAR-10's batches, 50000 + 10000 images of 32 pixels, 10 classes", "cifar10", *sets,
-                found.classes)
+    """The pickles are read by torchvision, which verifies their checksums before."""
+    try:
+        sets = [torchvision.datasets.CIFAR10(folder.parent, train=train) for train in (True, False)]
+    except RuntimeError:
+        raise UserError(f"{folder}: a file of CIFAR-10 is missing or its checksum is wrong")
+    splits = [Images(torch.tensor(found.targets),
+                     torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous())
+              for found in sets]
+    return Data(str(folder), "CIFAR-10's batches, 50000 + 10000 images of 32 pixels, 10 classes",
+                "cifar10", *splits, sets[0].classes)
 
 
 def _class_folders(root):
-    """train/<class>/ and val/<class>/ or test/<class>/; train/ alone serves pre-training."""
-    splits, classes = [], None
-    for split in (root / "train", next((root / s for s in ("val", "test") if (root / s).is_dir()), None)):
-        if split is None:
-            splits.append((None, None))
-            continue
-        names = sorted(d.name for d in split.iterdir() if d.is_dir())
-        if not names and len(_find(split)):
-            raise SystemExit(f"{split}: images without class folders, as ImageNet's validation set comes; move each into "
-                             f"{split.name}/<class>/, the class being the one that its list of labels names")
-        if not names:
-            raise SystemExit(f"{split}: no class folders; expected {split.name}/<class>/*.jpg")
-        if classes not in (None, names):
-            odd = sorted(set(classes) ^ set(names))[0]
-            raise SystemExit(f"{split}: its classes are not those of train/: {odd} is in one of them only")
-        classes = names
-        files = [_find(split / name) for name in names]
-        empty = next((name for name, f in zip(names, files) if not len(f)), None)
-        if empty is not None:
-            raise SystemExit(f"{split / empty}: no images in this class folder; expected {' '.join(EXTENSIONS)}")
-        splits.append((np.concatenate(files), torch.arange(len(names)).repeat_interleave(
-            torch.tensor([len(f) for f in files]))))
-    return _from_files(root, f"class folders, {len(classes)} classes", *splits[0], *splits[1], classes)
-
-
-def _from_files(root, what, files, labels, test_files=None, test_labels=None, classes=None):
-    sample = files[np.linspace(0, len(files) - 1, min(len(files), 32)).astype(int)]
-    sizes, reason = [], None
-    for name in sample:
+    """train/<class>/, and val/<class>/ or test/<class>/ if there is one."""
+    test = [name for name in ("val", "test") if (root / name).is_dir()][:1]
+    splits = []
+    for name in ("train", *test):
         try:
-            sizes.append(tuple(read_image(name).shape[1:]))
-        except Exception as error:                              # PIL raises many kinds for a broken file
-            reason = f"{os.fsdecode(name)}: {error}"
+            splits.append(torchvision.datasets.ImageFolder(root / name))
+        except FileNotFoundError as error:
+            raise UserError(f"{root / name}: {str(error).rstrip('.')}; expected {name}/<class>/"
+                            "*.jpg (ImageNet's validation images must be moved into folders of "
+                            "their classes)")
+    classes = splits[0].classes
+    odd = sorted(set(classes) ^ set(splits[-1].classes))
+    if odd:
+        raise UserError(f"{root / test[0]}: its classes are not those of train/: {odd[0]} is only "
+                        "in one of them")
+    splits = [([path for path, _ in split.samples], torch.tensor(split.targets))
+              for split in splits]
+    return _read_files(root, f"class folders, {len(classes)} classes", splits, classes)
+
+
+def _read_files(root, what, splits, classes):
+    """Data of `splits`, (files, labels) each; decoded if all images are small and of one size."""
+    splits = [(np.array([os.fsencode(name) for name in files]), labels) for files, labels in splits]
+    files, sizes, error = splits[0][0], [], None
+    for i in np.linspace(0, len(files) - 1, min(len(files), 32)).astype(int):
+        try:
+            sizes.append(tuple(read_image(files[i]).shape[1:]))
+        except Exception as caught:             # PIL raises many kinds of errors
+            error = f"{os.fsdecode(files[i])}: {caught}"
     if not sizes:
-        raise SystemExit(f"{root}: none of {len(sample)} sampled images can be read; {reason}")
+        raise UserError(f"{root}: no image can be read; {error}")
     small = max(map(max, sizes)) <= SMALL
-    # in memory only where all have one size: crops of them are one matrix product
-    keep = small and len(set(sizes)) == 1
-    train, test = (None if f is None else _decode(f, y, sizes[0]) if keep else Images(y, files=f)
-                   for f, y in ((files, labels), (test_files, test_labels)))
+    if small and len(set(sizes)) == 1:
+        images = [_decode(files, labels, sizes[0]) for files, labels in splits]
+    else:
+        images = [Images(labels, files=files) for files, labels in splits]
     height, width = np.median(sizes, 0).astype(int)
-    count = f"{len(train)}" + (f" + {len(test)}" if test else "")
+    count = " + ".join(str(len(split)) for split in images)
     return Data(str(root), f"{what}, {count} images of about {width} x {height} pixels",
-                "cifar10" if small else "imagenet", train, test, classes)
+                "cifar10" if small else "imagenet", *images,
+                classes=classes if len(images) == 2 else None)
 
 
 def read_image(name):
-    """The decoded image of a file as RGB (3, H, W) uint8, whatever its mode; neither turned by EXIF nor blended by alpha.
+    """A file as RGB (3, H, W) uint8. EXIF rotation and transparency are ignored.
 
-    Raises what PIL raises, among others for images above 179 million pixels.
+    Raises what PIL raises, also for images above 179 million pixels.
     """
     with Image.open(name, formats=FORMATS) as image:
-        if image.mode.startswith("I;16"):                       # convert() would clip 16 bits to 8
-            return torch.from_numpy((np.array(image) >> 8).astype(np.uint8)).expand(3, -1, -1)
-        # no convert() where there is nothing to convert: it would copy
-        return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
+        if image.mode.startswith("I;16"):       # convert() would clip 16 bits to 8
+            gray = torch.from_numpy((np.array(image) >> 8).astype(np.uint8))
+            return gray.expand(3, -1, -1)
+        rgb = image if image.mode == "RGB" else image.convert("RGB")    # convert() always copies
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def _decode(files, labels, size):
-    """All files in memory, as images of one size (height, width)."""
-    loader = DataLoader(_Files(files, functools.partial(_resized, size=size)), batch_size=500,
-                        num_workers=default_workers(), generator=torch.Generator())
-    pixels, index, broken, done = torch.empty(len(files), 3, *size, dtype=torch.uint8), [], {}, 0
-    for read, images in loader:
-        pixels[done:done + len(read)] = images
-        _count_broken(broken, range(done, done + len(read)), read.tolist(), files)
-        index.append(read)
-        done += len(read)
-    return Images(None if labels is None else labels[torch.cat(index)], pixels)
+    """All `files` in memory, as images of one size (height, width)."""
+    read, pixels = zip(*_read(files, functools.partial(_resized, size=size), 500,
+                              default_workers()))
+    return Images(None if labels is None else labels[torch.cat(read)], torch.cat(pixels))
 
 
-def _count_broken(broken, asked, read, files):
-    """Add to the dict `broken` what was replaced, and name it once. Raises SystemExit above 1 % of the files."""
-    for i, j in zip(asked, read):
-        if i != j and i not in broken:
-            broken[i] = j
-            print(f"unreadable image {os.fsdecode(files[i])}, replaced by {os.fsdecode(files[j])}", file=sys.stderr)
-    if len(broken) > BROKEN * len(files):
-        raise SystemExit(f"{len(broken)} of {len(files)} images cannot be read, more than {BROKEN:.0%}; "
-                         f"the first is {os.fsdecode(files[min(broken)])}; remove or repair them")
+def _read(files, make, batch, workers, pin=False):
+    """Yield batches (index, images) of all `files`: what was read, and what `make` returns."""
+    broken = Broken(files)
+    loader = DataLoader(_Files(files, make), batch_size=batch, num_workers=workers,
+                        generator=torch.Generator(), pin_memory=pin)
+    for start, (index, x) in zip(itertools.count(0, batch), loader):
+        broken.count(range(start, start + len(index)), index)
+        yield index, x
+
+
+class Broken:
+    """Names and counts unreadable files, which are replaced by the next readable one."""
+
+    def __init__(self, files):
+        self.files, self.replaced = files, {}
+
+    def count(self, requested, read):
+        """Compare `requested` indices with those `read`. Raises UserError above MAX_BROKEN."""
+        for i, j in zip(requested, read.tolist()):
+            if i != j and i not in self.replaced:
+                self.replaced[i] = j
+                names = [os.fsdecode(self.files[k]) for k in (i, j)]
+                print(f"unreadable image {names[0]}, replaced by {names[1]}", file=sys.stderr)
+        if len(self.replaced) > MAX_BROKEN * len(self.files):
+            first = os.fsdecode(self.files[min(self.replaced)])
+            raise UserError(f"{len(self.replaced)} of {len(self.files)} images cannot be read, "
+                            f"more than {MAX_BROKEN:.0%}; the first is {first}; remove or repair "
+                            "them")
 
 
 class _Files(Dataset):
-    """What a worker does: an index, or (index, u), -> the index that was read, and `make` of its decoded image.
+    """The work of a loader process: key -> the index that was read, and `make(image, u)`.
 
-    A file that cannot be read is replaced by the next one that can: a function of the index, not a draw.
+    A key is an index, or (index, u). An unreadable file is replaced by the next readable one: a
+    function of the index, not a random draw.
     """
 
     def __init__(self, files, make):
@@ -194,18 +226,19 @@ class _Files(Dataset):
 
     def __getitem__(self, key):
         index, u = key if isinstance(key, tuple) else (key, None)
-        for at in itertools.chain(range(index, len(self.files)), range(index)):
+        for i in itertools.chain(range(index, len(self.files)), range(index)):
             try:
-                image = read_image(self.files[at])
-                break
-            except Exception:                                   # PIL raises many kinds for a broken file
+                image = read_image(self.files[i])
+            except Exception:                   # PIL raises many kinds of errors
                 continue
-        return at, self.make(image, u)
+            return i, self.make(image, u)
+        raise UserError(f"{os.fsdecode(self.files[index])}: no image can be read")
 
 
 def _crops(image, u, size, area):
     boxes = augment.crop_boxes(*image.shape[1:], u, area)
-    return torch.stack([resize(image[:, t:t + h, l:l + w], (size, size)) for t, l, h, w in boxes.tolist()])
+    return torch.stack([resize(image[:, top:top + height, left:left + width], (size, size))
+                        for top, left, height, width in boxes.tolist()])
 
 
 def _resized(image, _, size):
@@ -213,99 +246,113 @@ def _resized(image, _, size):
 
 
 def _centre(image, _, size):
-    """For evaluation: short side to size * 8/7 (256 for 224), then the centre, as He et al. 2020."""
+    """For evaluation: short side to size * 8/7 (256 for 224), then the centre (He et al. 2020)."""
     height, width = image.shape[1:]
     if height == width == size:
         return image
-    if max(height, width) > 4 * min(height, width):             # of a long strip only the middle, or memory runs out
+    if max(height, width) > 4 * min(height, width):     # a long strip would fill the memory
         height, width = min(height, 4 * width), min(width, 4 * height)
-        top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-        image = image[:, top:top + height, left:left + width]
+        image = _middle(image, height, width)
     factor = round(size * 8 / 7) / min(height, width)
-    image = resize(image, (round(height * factor), round(width * factor)))
-    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-    return image[:, top:top + size, left:left + size]
+    return _middle(resize(image, (round(height * factor), round(width * factor))), size, size)
+
+
+def _middle(image, height, width):
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top:top + height, left:left + width]
 
 
 def resize(image, size):
-    """Antialiased bilinear: (3, H, W) uint8 -> (3, *size) uint8."""
-    image = image[None].contiguous(memory_format=torch.channels_last)           # in which torch's resize is fastest
+    """Antialiased bilinear resizing: (3, H, W) uint8 -> (3, *size) uint8."""
+    image = image[None].contiguous(memory_format=torch.channels_last)   # fastest in this layout
     return F.interpolate(image, size=size, mode="bilinear", antialias=True)[0]
 
 
-class _Steps:
-    """A batch sampler over steps, not epochs, so that workers never wait at the end of one.
+def _batches(n, batch, seed, start, stop, n_views, drop_last):
+    """Yield this process's part of each global batch: indices (N,), uniform numbers (N, V, 22).
 
-    Yields this process's part of each global batch: a list of (index, u), u (V, 22) uniform draws behind its crops.
+    A global batch is a contiguous slice of the epoch's permutation.
     """
+    per_epoch, order = steps_per_epoch(n, batch, drop_last), None
+    for step in range(start, stop):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or order is None:
+            order = permutation(n, seed, epoch)
+        index = order[i * batch:(i + 1) * batch]
+        u = augment.generator(seed, step, 1).random((len(index), n_views, 22))
+        mine = ddp.rows(len(index))
+        yield index[mine], u[mine]
 
-    def __init__(self, n, batch, seed, start, stop, views, drop_last):
-        self.n, self.batch, self.seed, self.start, self.stop, self.views = n, batch, seed, start, stop, views
-        self.per_epoch = steps_per_epoch(n, batch, drop_last)
 
-    def __iter__(self):
-        epoch = None
-        for step in range(self.start, self.stop):
-            now, i = divmod(step, self.per_epoch)
-            if now != epoch:
-                epoch, order = now, augment.generator(self.seed, now, 0).permutation(self.n)
-            indices = order[i * self.batch:(i + 1) * self.batch]
-            u = augment.generator(self.seed, step, 1).random((len(indices), self.views, 22))
-            mine = ddp.rows(len(indices))
-            yield list(zip(indices[mine].tolist(), u[mine]))
+def permutation(n, seed, epoch):
+    """The order (n,) of the images in an epoch."""
+    return augment.generator(seed, epoch, 0).permutation(n)
 
 
 def steps_per_epoch(n, batch, drop_last=True):
-    """Batches of `batch` in n images, without or with the incomplete last one."""
+    """The number of batches in n images, without or with the incomplete last one."""
     return n // batch if drop_last else -(-n // batch)
 
 
 def default_workers():
+    """The processor cores of this process, at most 16."""
     return max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def views(images, n_views, *, size, area, batch, seed, start, stop, device, workers, drop_last=True):
-    """Yield `(step, x, index)` for the steps from `start` to `stop`: crops of this process's part of each global batch.
+def views(images, n_views, *, size, area, batch, seed, start, stop, device, workers,
+          drop_last=True):
+    """Yield `(step, x, index)` for the steps from `start` to `stop`: random crops of images.
 
-    `x` (V, N, 3, size, size) uint8 on `device`, V crops of `area` (lo, hi) of each image; `index` (N,) int64 on the CPU,
-    the images they are from. Which images and crops, is a function of (seed, step) alone. An image that cannot be read
-    is named and replaced by the next one; more than 1 % of them raise SystemExit.
+    `x` (V, N, 3, size, size) uint8 on `device`: V crops, of `area` (lo, hi), of each image in this
+    process's part of the global batch. `index` (N,) int64 on the CPU: which images they are. Images
+    and crops depend only on (seed, step). An unreadable image is reported and replaced by the next;
+    raises UserError if more than 1 % are unreadable.
     """
-    steps = _Steps(len(images), batch, seed, start, stop, n_views, drop_last)
+    batches = _batches(len(images), batch, seed, start, stop, n_views, drop_last)
     if images.pixels is not None:
         pixels = images.pixels.to(device)
-        for step, keys in zip(range(start, stop), steps):
-            index = torch.tensor([i for i, _ in keys])
-            u = np.stack([u for _, u in keys], 1).reshape(n_views * len(keys), 22)
-            boxes = torch.from_numpy(augment.crop_boxes(*pixels.shape[2:], u, area))
-            x = torch.empty(n_views * len(keys), 3, size, size, dtype=torch.uint8, device=device)
-            chosen = index.to(device).repeat(n_views)
-            for part, i, box in zip(x.split(8 * PIECE), chosen.split(8 * PIECE), boxes.split(8 * PIECE)):
-                part.copy_(augment.crop_resize(pixels[i], box, size))
-            yield step, x.view(n_views, len(keys), 3, size, size), index
+        for step, (index, u) in zip(range(start, stop), batches):
+            yield step, _crops_in_memory(pixels, index, u, size, area), torch.from_numpy(index)
         return
-    crops, broken = _Files(images.files, functools.partial(_crops, size=size, area=area)), {}
-    # a batch in pieces: of a large one every worker makes some
-    pieces = (keys[i:i + PIECE] for keys in steps for i in range(0, len(keys), PIECE))
-    loader = iter(DataLoader(crops, batch_sampler=pieces, num_workers=workers, pin_memory=device.type == "cuda",
-                             generator=torch.Generator(), prefetch_factor=4 if workers else None))
-    for step, keys in zip(range(start, stop), steps):
-        read, x = zip(*(next(loader) for _ in range(0, len(keys), PIECE)))
-        index = torch.cat(read)
-        _count_broken(broken, [i for i, _ in keys], index.tolist(), images.files)
-        yield step, torch.cat([part.to(device, non_blocking=True) for part in x]).transpose(0, 1), index
+    files = _Files(images.files, functools.partial(_crops, size=size, area=area))
+    planned, tasks = itertools.tee(batches)
+    # Batches are split into tasks, so that all workers share a large one.
+    keys = ([*zip(index[i:i + PIECE].tolist(), u[i:i + PIECE])]
+            for index, u in tasks for i in range(0, len(index), PIECE))
+    loader = iter(DataLoader(files, batch_sampler=keys, num_workers=workers,
+                             generator=torch.Generator(), pin_memory=device.type == "cuda",
+                             prefetch_factor=4 if workers else None))
+    broken = Broken(images.files)
+    for step, (index, _) in zip(range(start, stop), planned):
+        read = [torch.empty(0, dtype=torch.int64)]
+        x = [torch.empty(0, n_views, 3, size, size, dtype=torch.uint8, device=device)]
+        for _ in range(0, len(index), PIECE):
+            piece, crops = next(loader)
+            read.append(piece)
+            x.append(crops.to(device, non_blocking=True))
+        broken.count(index.tolist(), torch.cat(read))
+        yield step, torch.cat(x).transpose(0, 1), torch.cat(read)
 
 
-def whole(images, *, size, batch, device, workers, rows=None):
-    """Yield uint8 batches (n, 3, size, size) on `device` of the un-augmented images `rows` (a slice), each once."""
-    rows, make = rows or slice(0, len(images)), functools.partial(_centre, size=size)
+def _crops_in_memory(pixels, index, u, size, area):
+    """(V, N, 3, size, size) uint8: a crop for each of the numbers u (N, V, 22)."""
+    n, n_views = u.shape[:2]
+    numbers = u.transpose(1, 0, 2).reshape(n_views * n, 22)
+    boxes = torch.from_numpy(augment.crop_boxes(*pixels.shape[2:], numbers, area))
+    chosen = torch.from_numpy(index).to(pixels.device).repeat(n_views)
+    x = torch.empty(n_views * n, 3, size, size, dtype=torch.uint8, device=pixels.device)
+    for part, i, box in zip(*(v.split(8 * PIECE) for v in (x, chosen, boxes))):
+        part.copy_(augment.crop_resize(pixels[i], box, size))
+    return x.view(n_views, n, 3, size, size)
+
+
+def whole(images, *, size, batch, device, workers):
+    """Yield uint8 batches (n, 3, size, size) on `device` of all images, un-augmented, in order."""
+    make = functools.partial(_centre, size=size)
     if images.pixels is not None:
-        for part in images.pixels[rows].to(device).split(batch):
-            yield part if part.shape[2:] == (size, size) else torch.stack([make(image, None) for image in part])
+        for part in images.pixels.to(device).split(batch):
+            same = part.shape[2:] == (size, size)
+            yield part if same else torch.stack([make(image, None) for image in part])
         return
-    files, broken, done = images.files[rows], {}, 0
-    for index, x in DataLoader(_Files(files, make), batch_size=batch, num_workers=workers,
-                               generator=torch.Generator(), pin_memory=device.type == "cuda"):
-        _count_broken(broken, range(done, done + len(index)), index.tolist(), files)
-        done += len(index)
+    for _, x in _read(images.files, make, batch, workers, device.type == "cuda"):
         yield x.to(device, non_blocking=True)

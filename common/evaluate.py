@@ -1,93 +1,99 @@
 """What a frozen encoder knows: features, weighted kNN, and the quick probe."""
 
 import torch
+import torch.nn.functional as F
 
 from common import augment, data, ddp
 from common.loss import unit
 
-MONITOR = 100_000                                               # at most so many images in a kNN taken while training
+MONITOR = 100_000                               # images at most in the bank of `monitor`
 
 
 @torch.no_grad()
-def features(encoder, images, *, scale, size, device, workers, feature="h", precision="fp32", batch=500):
-    """Features (n, D) float32 on `device` of all un-augmented images in their order, in eval mode, each image once.
+def features(encoder, images, *, normalisation, size, device, workers, feature="h",
+             precision="fp32", batch=500):
+    """Features (n, D) float32 on `device` of all un-augmented images, in order, in eval mode.
 
-    `feature` as in `Encoder.embed`. Draws from no generator; the encoder's training mode is as before afterwards.
+    `feature` is named as in `Encoder.embed`. The encoder's training mode is restored. Processes
+    share the work and return all rows.
     """
-    training, normalise = encoder.training, augment.Augment("none", scale=scale).to(device)
+    training = encoder.training
     encoder.eval()
-    mine, parts = ddp.rows(len(images)), []
-    for x in data.whole(images, size=size, batch=batch, device=device, workers=workers, rows=mine):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            parts.append(encoder.embed(normalise.apply_draws(x, None), feature))
-    encoder.train(training)
-    out = torch.cat(parts).float()
-    if ddp.world() == 1:
-        return out
-    # processes hold parts that differ by one row: pad, gather, cut
+    normalise = augment.Augment("none", normalisation=normalisation).to(device)
     longest = -(-len(images) // ddp.world())
-    padded = out.new_zeros(longest, out.shape[1])
-    padded[:len(out)] = out
-    n, world, gathered = len(images), ddp.world(), ddp.all_gather(padded).split(longest)
-    return torch.cat([part[:n * (r + 1) // world - n * r // world] for r, part in enumerate(gathered)])
+    out, done = torch.zeros(longest, encoder.width(feature), device=device), 0
+    mine = images.take(ddp.rows(len(images)))
+    for x in data.whole(mine, size=size, batch=batch, device=device, workers=workers):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            out[done:done + len(x)] = encoder.embed(normalise.transform(x, None), feature)
+        done += len(x)
+    encoder.train(training)
+    # Parts of processes differ by at most one row: gather padded parts and cut.
+    edges = [len(images) * rank // ddp.world() for rank in range(ddp.world() + 1)]
+    parts = ddp.all_gather(out).split(longest)
+    return torch.cat([part[:b - a] for part, a, b in zip(parts, edges, edges[1:])])
 
 
 @torch.no_grad()
 def knn(bank, bank_labels, queries, query_labels, k=200, temperature=.1):
     """Top-1 accuracy in percent of a weighted k-nearest-neighbour vote (Wu et al. 2018, Sec. 3.4).
 
-    `bank` (n, D) and `queries` (m, D) are compared by cosine; each of the k nearest votes with exp(cosine/temperature).
+    `bank` (n, D) and `queries` (m, D) are compared by cosine similarity; each of the k nearest
+    votes for its label with weight exp(cosine / temperature).
     """
     bank, k, classes, right = unit(bank), min(k, len(bank)), int(bank_labels.max()) + 1, 0
     bank_labels, query_labels = bank_labels.to(bank.device), query_labels.to(bank.device)
-    for part, y in zip(unit(queries).split(256), query_labels.split(256)):
+    for part, labels in zip(unit(queries).split(256), query_labels.split(256)):
         cosine, nearest = (part @ bank.T).topk(k, dim=1)                        # (256, k)
         votes = part.new_zeros(len(part), classes)
         votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
-        right += (votes.argmax(1) == y).sum()
+        right += (votes.argmax(1) == labels).sum()
     return 100 * right.item() / len(queries)
 
 
-def monitor(encoder, dataset, **how):
-    """kNN accuracy of h in percent while training, or None where there are no labels; `how` as in `features`.
+def monitor(encoder, dataset, **options):
+    """{"knn": kNN accuracy of h in percent}, or {} without labels. `options` as in `features`.
 
-    Of large data sets every n-th image, at most 100,000 in the bank and 10,000 asked.
+    Of large data sets, every n-th image: at most 100,000 in the bank and 10,000 queries.
     """
     if dataset.test is None:
-        return None
+        return {}
     bank, queries = thin(dataset.train, MONITOR), thin(dataset.test, MONITOR // 10)
-    return knn(features(encoder, bank, **how), bank.labels, features(encoder, queries, **how), queries.labels)
+    return {"knn": knn(features(encoder, bank, **options), bank.labels,
+                       features(encoder, queries, **options), queries.labels)}
 
 
 def thin(images, most):
     """Every n-th of `images`, so that at most `most` are left."""
-    return images if len(images) <= most else images.take(slice(None, None, -(-len(images) // most)))
+    return images.take(slice(None, None, max(1, -(-len(images) // most))))
 
 
 def quick_probe(train, labels, test, test_labels, seed=0):
-    """Multinomial logistic regression on standardised features, its L2 penalty chosen on a tenth of `train`.
+    """Logistic regression on standardised features; its L2 penalty is chosen on held-out data.
 
-    `train` (n, D) and `test` (m, D) float32. Returns a dict: `top1` in percent on `test`, `penalty`, and `held_out`,
-    the accuracy in percent on held-out training data for each penalty tried. Seconds where an SGD probe takes minutes.
+    `train` (n, D) and `test` (m, D) float32. Returns a dict: `top1` in percent on `test`,
+    `penalty`, and `held_out`, the accuracy in percent on a tenth of `train` for each penalty.
     """
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     train, test = (train - mean) / std, (test - mean) / std
-    # turned to their principal axes, which changes neither the penalty nor the result, but how soon it is found
+    # In their principal axes, features give the same classifier, which L-BFGS finds sooner.
     variance, axes = torch.linalg.eigh(train.T @ train / len(train))
     train, test, variance = train @ axes, test @ axes, variance.clamp(min=0)
-    labels, test_labels, classes = labels.to(train.device), test_labels.to(train.device), int(labels.max()) + 1
-    shuffled = torch.from_numpy(augment.generator(seed, 3).permutation(len(train))).to(train.device)
-    held, fit = shuffled[:len(train) // 10], shuffled[len(train) // 10:]
-    x, y, held_out, weight, best = train[fit], labels[fit], {}, None, None
-    for penalty in (1., .1, .01, 1e-3, 1e-4):                   # from the strongest, each from where the last ended
-        weight = _logistic(x, y, classes, penalty, variance, weight)
-        held_out[penalty] = _accuracy(train[held], labels[held], weight)
-        if best is None or held_out[penalty] > held_out[best[0]]:
-            best = penalty, weight
-        elif held_out[penalty] < held_out[best[0]] - 1:
-            break                                               # clearly past the best
-    weight = _logistic(train, labels, classes, best[0], variance, best[1], iterations=300)
-    return {"top1": _accuracy(test, test_labels, weight), "penalty": best[0], "held_out": held_out}
+    labels, test_labels = labels.to(train.device), test_labels.to(train.device)
+    classes = int(labels.max()) + 1
+    order = torch.from_numpy(augment.generator(seed, 3).permutation(len(train))).to(train.device)
+    held, fit = order[:len(train) // 10], order[len(train) // 10:]
+    x, y, held_out, weights = train[fit], labels[fit], {}, {None: None}
+    penalty = None
+    for next_penalty in (1., .1, .01, 1e-3, 1e-4):              # each starts from the last solution
+        weights[next_penalty] = _logistic(x, y, classes, next_penalty, variance, weights[penalty])
+        penalty = next_penalty
+        held_out[penalty] = _accuracy(train[held], labels[held], weights[penalty])
+        if held_out[penalty] < max(held_out.values()) - 1:      # clearly past the best
+            break
+    best = max(held_out, key=held_out.get)
+    weight = _logistic(train, labels, classes, best, variance, weights[best], iterations=300)
+    return {"top1": _accuracy(test, test_labels, weight), "penalty": best, "held_out": held_out}
 
 
 def _accuracy(x, y, weight):
@@ -95,21 +101,23 @@ def _accuracy(x, y, weight):
 
 
 def _logistic(x, y, classes, penalty, variance, start=None, iterations=100):
-    """Weights (D + 1, classes), the last row the bias: minimises mean cross-entropy + penalty/2 |weights|^2.
+    """Minimise mean cross-entropy + penalty/2 |weights|^2 by L-BFGS: weights (D + 1, classes).
 
-    `variance` (D,) of x's columns scales the search: the curvature along column i is about variance_i / classes + penalty.
+    The last row is the bias. `variance` (D,) of the columns of x preconditions the search: the
+    curvature along column i is about variance_i / classes + penalty.
     """
-    onehot = torch.nn.functional.one_hot(y, classes).to(x.dtype)
-    scale = torch.cat([(variance / classes + penalty).rsqrt(), variance.new_ones(1)])[:, None]
-    v = x.new_zeros(x.shape[1] + 1, classes) if start is None else start / scale
-    search = torch.optim.LBFGS([v], max_iter=iterations, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    onehot = F.one_hot(y, classes).to(x.dtype)
+    width = torch.cat([(variance / classes + penalty).rsqrt(), variance.new_ones(1)])[:, None]
+    v = x.new_zeros(x.shape[1] + 1, classes) if start is None else start / width
+    search = torch.optim.LBFGS([v], max_iter=iterations, tolerance_grad=1e-6,
+                               line_search_fn="strong_wolfe")
 
     def loss():
-        w = scale * v
+        w = width * v
         logp = torch.log_softmax(torch.addmm(w[-1], x, w[:-1]), 1)
-        error = (logp.exp() - onehot) / len(x)                  # gradient with respect to the logits
-        v.grad = scale * torch.cat([(error.T @ x).T + penalty * w[:-1], error.sum(0, keepdim=True)])
+        error = (logp.exp() - onehot) / len(x)                  # gradient of the logits
+        v.grad = width * torch.cat([(error.T @ x).T + penalty * w[:-1], error.sum(0, keepdim=True)])
         return penalty / 2 * w[:-1].square().sum() - (logp * onehot).sum() / len(x)
 
     search.step(loss)
-    return scale * v
+    return width * v

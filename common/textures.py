@@ -1,25 +1,26 @@
-"""Ten classes of drawn patterns, so that every script runs with nothing to download.
+"""Embedded images: ten classes of drawn patterns, so that every script runs without a download.
 
-Colour must not tell two images apart: all are drawn in two nearly fixed greys with a slight tint, of either
-polarity. What tells the classes apart is the pattern; what tells two images of a class apart is its angle, scale,
-phase and warp. Drawn from a seed, equal on every machine to a grey level.
+Colour cannot tell two images apart: all are drawn in two nearly fixed greys with a slight tint, of
+either polarity. Classes differ in their pattern. Images of a class differ in angle, period, phase
+and distortion. They are drawn from a seed, and are equal on all machines up to one grey level.
 """
 
 import numpy as np
 
-CLASSES = ("stripes", "checks", "dots", "rings", "grid", "zigzag", "smooth noise", "fine noise", "rays", "bricks")
-SIZE = 32                                                       # pixels
+CLASSES = ("stripes", "checks", "dots", "rings", "grid", "zigzag", "smooth noise", "fine noise",
+           "rays", "bricks")
+SIZE = 32                                       # pixels
 TWO_PI = 2 * np.pi
 
 
 def draw(n, seed):
-    """Return `n` images (n, 3, 32, 32) uint8 and their labels (n,) int64, as many of each class as n allows."""
+    """`n` images (n, 3, 32, 32) uint8 and their labels (n,) int64; classes take turns."""
     labels = np.arange(n) % len(CLASSES)
     images = np.empty((n, 3, SIZE, SIZE), np.uint8)
-    for label in range(len(CLASSES)):
+    for label, name in enumerate(CLASSES):
         index = np.flatnonzero(labels == label)
         rng = np.random.default_rng([seed, label])
-        images[index] = _paint(_pattern(CLASSES[label], len(index), rng), rng)
+        images[index] = _paint(_pattern(name, len(index), rng), rng)
     return images, labels
 
 
@@ -28,7 +29,7 @@ def _uniform(rng, n, low, high):
 
 
 def _pattern(name, n, rng):
-    """Signed pattern values (n, 32, 32), about -1 to 1."""
+    """Signed pattern values (n, 32, 32), from about -1 to 1."""
     grid = (np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2)
     y, x = np.meshgrid(grid, grid, indexing="ij")
     period = _uniform(rng, n, 5, 10)                            # pixels
@@ -37,23 +38,25 @@ def _pattern(name, n, rng):
     if name == "fine noise":
         white = rng.standard_normal((n, SIZE + 1, SIZE + 1), np.float32)
         return (white[:, 1:, 1:] + white[:, 1:, :-1] + white[:, :-1, 1:] + white[:, :-1, :-1]) / 2
-    if name == "smooth noise":                                  # waves of all directions, about one period
+    if name == "smooth noise":                                  # waves in random directions
         total = np.zeros((n, SIZE, SIZE), np.float32)
         for _ in range(6):
-            direction, phase, stretch = _uniform(rng, n, 0, TWO_PI), _uniform(rng, n, 0, TWO_PI), _uniform(rng, n, .8, 1.6)
-            wave = TWO_PI / (period * stretch)
+            direction, phase = _uniform(rng, n, 0, TWO_PI), _uniform(rng, n, 0, TWO_PI)
+            wave = TWO_PI / (period * _uniform(rng, n, .8, 1.6))
             total += np.sin(wave * np.cos(direction) * x + wave * np.sin(direction) * y + phase)
         return total / 2
 
-    # every other pattern is a function of warped, rotated coordinates s, t in radians (one period is 2 pi)
-    for _ in range(2):                                          # bend x by y, then y by x
-        bend = _uniform(rng, n, .5, 1.6) * np.sin(TWO_PI / _uniform(rng, n, 16, 40) * y + _uniform(rng, n, 0, TWO_PI))
+    # All other patterns are functions of distorted coordinates: bend x along y, then y along x.
+    for _ in range(2):
+        strength, length = _uniform(rng, n, .5, 1.6), _uniform(rng, n, 16, 40)
+        bend = strength * np.sin(TWO_PI / length * y + _uniform(rng, n, 0, TWO_PI))
         x, y = y, x + bend
-    if name in ("rings", "rays"):                               # around a centre inside the image
+    if name in ("rings", "rays"):                               # around a centre in the image
         x, y = x - _uniform(rng, n, -9, 9), y - _uniform(rng, n, -9, 9)
         if name == "rings":
             return np.sin(TWO_PI / period * np.hypot(x, y) + phase_s)
         return np.sin(np.round(_uniform(rng, n, 5, 10)) * np.arctan2(y, x) + phase_s)
+    # Rotated coordinates s, t in radians; one period is 2 pi.
     s = TWO_PI / period * (np.cos(angle) * x + np.sin(angle) * y) + phase_s
     t = TWO_PI / period * (np.cos(angle) * y - np.sin(angle) * x) + phase_t
     if name == "stripes":
@@ -66,14 +69,13 @@ def _pattern(name, n, rng):
         return 2 * np.maximum(np.cos(s), np.cos(t)) - 1.3
     if name == "zigzag":
         return np.sin(s + 1.6 * np.arcsin(np.sin(.8 * t)))
-    if name == "bricks":                                        # rows of cells, every second row shifted by a half
-        row = np.floor(t / TWO_PI)
-        return 2 * np.maximum(np.cos(t), np.cos(.5 * s + np.pi * (row % 2))) - 1.5
-    raise ValueError(f"unknown texture {name}")
+    # Bricks: rows of cells, every second row shifted by half a cell.
+    row = np.floor(t / TWO_PI)
+    return 2 * np.maximum(np.cos(t), np.cos(.5 * s + np.pi * (row % 2))) - 1.5
 
 
 def _paint(pattern, rng):
-    """Signed patterns (n, 32, 32) as images (n, 3, 32, 32) uint8: two greys, a slight tint, a little noise."""
+    """Patterns (n, 32, 32) as images (n, 3, 32, 32) uint8: two greys, a slight tint, some noise."""
     n = len(pattern)
     value = np.tanh(2.5 * pattern * np.sign(_uniform(rng, n, -1, 1)))           # either polarity
     tint = rng.uniform(-.03, .03, (2, n, 3, 1, 1)).astype(np.float32)

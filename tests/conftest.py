@@ -1,7 +1,10 @@
-"""Shared by the tests: where the project is, running a script, running a function in two processes."""
+"""Shared by the tests: run a script, call it in this process or in two, compare, make images."""
 
+import contextlib
+import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,16 +18,21 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import ddp, train  # noqa: E402
+
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="many more faults, and two nodes: a quarter of an hour")
+    parser.addoption("--long", action="store_true",
+                     help="many more faults, and two nodes; takes a quarter of an hour")
 
 
 def run(*argv, cwd, torchrun=0, check=True, **env):
     """Run a script of the project in `cwd`, as a user would, and return the finished process."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] \
-        if torchrun else [sys.executable]
-    done = subprocess.run([*launch, str(ROOT / argv[0]), *map(str, argv[1:])], cwd=cwd, capture_output=True, text=True,
+    command = [sys.executable]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
+    command += [str(ROOT / argv[0]), *map(str, argv[1:])]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True,
                           env={**os.environ, **env}, timeout=300)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -32,30 +40,32 @@ def run(*argv, cwd, torchrun=0, check=True, **env):
 
 def _enter(rank, world, port, function, args):
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    from common import ddp
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     ddp.init()
     function(*args)
     ddp.close()
 
 
-def spawn(function, *args, world=2):
-    """Call `function(*args)` in `world` gloo processes."""
-    import socket
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.start_processes(_enter, (world, port, function, args), nprocs=world, start_method="spawn")
+        return s.getsockname()[1]
+
+
+def spawn(function, *args, world=2):
+    """Call `function(*args)` in `world` gloo processes."""
+    mp.start_processes(_enter, (world, free_port(), function, args), nprocs=world,
+                       start_method="spawn")
 
 
 def close(a, b, most):
-    """Whether a differs from b by at most `most` of b's length."""
+    """Whether the norm of a - b is at most `most` times that of b."""
     return ((a - b).norm() <= most * b.norm()).item()
 
 
 def same(a, b):
-    """Whether two checkpoints, or what is in them, are equal to the bit."""
+    """Whether two checkpoints, or parts of them, are bit-identical."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list):
@@ -66,19 +76,53 @@ def same(a, b):
 def photo(rng, height, width):
     """An image with edges and gradients, (height, width, 3) uint8."""
     y, x = np.mgrid[:height, :width]
-    waves = [np.sin(rng.uniform(.02, .3) * x + rng.uniform(.02, .3) * y + rng.uniform(0, 6)) for _ in range(3)]
-    return np.clip(128 + 90 * np.stack(waves, 2) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
+    waves = [np.sin(rng.uniform(.02, .3) * x + rng.uniform(.02, .3) * y + rng.uniform(0, 6))
+             for _ in range(3)]
+    noise = rng.normal(0, 12, (height, width, 3))
+    return np.clip(128 + 90 * np.stack(waves, 2) + noise, 0, 255).astype(np.uint8)
 
 
 def write_folder(root, n, size, classes=("cat", "dog"), splits=("train", "val")):
-    """Class folders of `n` JPEGs each."""
+    """Class folders of `n` JPEGs each, of `size` (height, width)."""
     rng = np.random.default_rng(0)
     for split in splits:
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(photo(rng, *size)).save(root / split / name / f"{i}.jpg", quality=92)
+                image = Image.fromarray(photo(rng, *size))
+                image.save(root / split / name / f"{i}.jpg", quality=92)
     return root
+
+
+def image_files(folder):
+    """The files of a folder of images in order, (n,) bytes, as in `data.Images`."""
+    return np.array(sorted(os.fsencode(path) for path in folder.rglob("*.*")))
+
+
+@contextlib.contextmanager
+def signal_handlers_restored():
+    """A script installs its own handlers; put pytest's back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def refused(module, *argv):
+    """The one line on stderr with which a script ends when its input is bad.
+
+    Calls the script's `main` through `train.launch`, in this process and the current folder.
+    """
+    err = io.StringIO()
+    with signal_handlers_restored(), contextlib.redirect_stderr(err):
+        with pytest.raises(SystemExit) as end:
+            train.launch(module.main, [str(a) for a in argv])
+    text = err.getvalue()
+    assert end.value.code not in (0, None), (argv, text)
+    assert len(text.splitlines()) == 1 and "Traceback" not in text, text
+    return text.strip()
 
 
 @pytest.fixture(scope="session")
@@ -89,16 +133,12 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def inside(monkeypatch, capsys):
-    """Call a script's `main` in this process, which saves its start-up: `inside(module, *argv, cwd=...)` -> stdout."""
+    """`inside(module, *argv, cwd=...)` calls a script's `main` in this process; returns stdout."""
     def call(module, *argv, cwd):
         monkeypatch.chdir(cwd)
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        handlers = [signal.getsignal(n) for n in numbers]
-        try:
-            module.main([str(a) for a in argv])
-        finally:
-            for n, handler in zip(numbers, handlers):
-                signal.signal(n, handler)
+        with signal_handlers_restored():
+            code = module.main([str(a) for a in argv])
+        assert code in (0, None), code
         return capsys.readouterr().out
     return call
 
@@ -107,4 +147,5 @@ def inside(monkeypatch, capsys):
 def photos():
     """Eight images (8, 3, 48, 40) uint8."""
     rng = np.random.default_rng(1)
-    return torch.from_numpy(np.stack([photo(rng, 48, 40) for _ in range(8)])).permute(0, 3, 1, 2).contiguous()
+    images = np.stack([photo(rng, 48, 40) for _ in range(8)])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

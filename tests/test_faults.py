@@ -1,6 +1,6 @@
-"""What happens in runs of days: kills, lost processes, full disks, damaged files, hostile images, numbers out of bounds.
+"""Faults in runs of days: kills, lost processes, full disks, damaged files, bad images and numbers.
 
-The README's table on reliability says how often each was tried; `--long` is how.
+docs/reliability.md says how often each was tried; `--long` is how.
 """
 
 import functools
@@ -11,9 +11,9 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,12 +21,13 @@ import time
 import warnings
 from multiprocessing import active_children
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, photo, write_folder
+from conftest import ROOT, free_port, image_files, photo, refused, write_folder
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -34,10 +35,14 @@ import instdisc
 import linear_probe
 import moco_v2
 import simclr
-from common import data, model, train
+from common import UserError, checkpoint, data
+from common.model import resnet
+from common.run import Log
 
-TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20", "--epochs", "3", "--out", "out")
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}         # as the README says
+TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20",
+        "--epochs", "3", "--out", "out")
+# The second as docs/reliability.md says.
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 @pytest.fixture
@@ -45,17 +50,8 @@ def long(request):
     return request.config.getoption("--long")
 
 
-def refused(module, *argv):
-    """The one line with which a script ends."""
-    with pytest.raises(SystemExit) as error:
-        module.main([str(a) for a in argv])
-    text = str(error.value.code)
-    assert error.value.code not in (0, None) and len(text.splitlines()) == 1, text
-    return text
-
-
 def wait_for(condition, job, seconds=90):
-    """Until `condition()`, while `job` goes on; its output says why it did not."""
+    """Wait until `condition()`, while `job` runs; if it does not come true, show its output."""
     end = time.time() + seconds
     while not condition():
         if time.time() > end or job.poll() is not None:
@@ -70,78 +66,81 @@ def step_of(path):
 
 # Kills and signals
 
-def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(small, tmp_path, long):
+def test_a_run_killed_at_random_moments_ends_bit_identically(small, tmp_path, long):
     """With another number of workers at each start."""
     kills, large = 30 if long else 1, write_folder(tmp_path / "large", 12, (70, 90))
-    done = subprocess.run([sys.executable, ROOT / "tests/kill.py", small, large, tmp_path / "k", "--kills", str(kills)],
-                          text=True, capture_output=True)
+    done = subprocess.run([sys.executable, ROOT / "tests/kill.py", small, large, tmp_path / "k",
+                           "--kills", str(kills)], text=True, capture_output=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(told) == 5 and all(t["kills"] == kills and t["repeated"] <= 6 for t in told)
-    assert not long or all(t["while_saving"] for t in told)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == 5
+    assert all(r["kills"] == kills and r["repeated"] <= 6 for r in results)
+    assert not long or all(r["while_saving"] for r in results)
+
+
+LONG_RUN = [*TINY[:-4], "--epochs", "400", "--out", "out"]      # of 2000 steps
 
 
 def torchrun(small, tmp_path, *how):
-    argv = [sys.executable, "-m", "torch.distributed.run", *how, ROOT / "moco_v2.py", small, *TINY]
-    argv[argv.index("--epochs") + 1] = "400"
-    return subprocess.Popen([*map(str, argv)], cwd=tmp_path, env=ENV, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    argv = [sys.executable, "-m", "torch.distributed.run", *how, ROOT / "moco_v2.py", small,
+            *LONG_RUN]
+    return subprocess.Popen([*map(str, argv)], cwd=tmp_path, env=ENV, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def test_torchrun_replaces_a_killed_process_stops_when_told_and_one_process_goes_on(small, tmp_path, inside):
-    """The lock's file names the first process; all agree on the step at which they stop."""
-    path = tmp_path / "out/checkpoint.pt"
+def test_torchrun_replaces_a_killed_process_stops_on_request_and_one_process_continues(
+        small, tmp_path, inside):
+    """The lock file names the first process. All processes agree on the step at which they stop."""
+    path, lock = tmp_path / "out/checkpoint.pt", tmp_path / "out/lock"
     job = torchrun(small, tmp_path, "--standalone", "--nproc_per_node=2", "--max-restarts=3")
     wait_for(path.exists, job)
-    victim = int(re.search(r"process (\d+)", (tmp_path / "out/lock").read_text())[1])
+    victim = int(re.search(r"process (\d+)", lock.read_text())[1])
     os.kill(victim, signal.SIGKILL)
-    wait_for(lambda: str(victim) not in (tmp_path / "out/lock").read_text(), job)
-    again = path.stat().st_mtime_ns
-    wait_for(lambda: path.exists() and path.stat().st_mtime_ns > again, job)
+    wait_for(lambda: str(victim) not in lock.read_text(), job)
+    saved = path.stat().st_mtime_ns
+    wait_for(lambda: path.exists() and path.stat().st_mtime_ns > saved, job)
     job.send_signal(signal.SIGTERM)
     out, _ = job.communicate(timeout=60)
-    assert job.returncode and re.search(r"going on in out at step \d+ of 2000", out), out
+    assert job.returncode and re.search(r"continuing at step \d+ of 2000 in out", out), out
     step = step_of(path)
-    assert f"stopped at step {step} of 2000, saved in out; the same command goes on" in out
-    argv = [small, *TINY]
-    argv[argv.index("--epochs") + 1] = "400"
-    assert f"going on in out at step {step}" in inside(moco_v2, *argv, "--max-steps", step + 2, cwd=tmp_path)
+    assert f"stopped at step {step} of 2000, saved in out; the same command continues" in out
+    out = inside(moco_v2, small, *LONG_RUN, "--max-steps", step + 2, cwd=tmp_path)
+    assert f"continuing at step {step} of 2000 in out" in out
     assert step_of(path) == step + 2
 
 
-def test_of_two_nodes_one_is_killed_the_other_ends_and_both_go_on(small, tmp_path, long):
+def test_if_one_of_two_nodes_is_killed_the_other_ends_and_both_continue(small, tmp_path, long):
     if not long:
         pytest.skip("--long")
     path = tmp_path / "out/checkpoint.pt"
-
-    def node():
-        return torchrun(small, tmp_path, "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=1",
-                        f"--rdzv-endpoint=127.0.0.1:{port}")
     for last in (False, True):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        since, nodes = time.time_ns(), [node(), node()]
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+        how = ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=1", endpoint)
+        since, nodes = time.time_ns(), [torchrun(small, tmp_path, *how) for _ in range(2)]
         wait_for(lambda: path.exists() and path.stat().st_mtime_ns > since, nodes[0])
-        workers = subprocess.run(["pgrep", "-P", str(nodes[last].pid)], capture_output=True, text=True).stdout.split()
-        for pid in (nodes[last].pid, *map(int, workers)):       # once the node that holds the rendezvous, once the other
+        workers = subprocess.run(["pgrep", "-P", str(nodes[last].pid)], capture_output=True,
+                                 text=True).stdout.split()
+        # First the node that holds the rendezvous, then the other one.
+        for pid in (nodes[last].pid, *map(int, workers)):
             os.kill(pid, signal.SIGKILL)
         began = time.time()
         out, _ = nodes[not last].communicate(timeout=120)
-        print(f"the other ended with {nodes[not last].returncode} after {time.time() - began:.0f} s")
+        seconds = time.time() - began
+        print(f"the other ended with {nodes[not last].returncode} after {seconds:.0f} s")
         assert nodes[not last].returncode
         assert step_of(path) > 0
-    starts = [e["step"] for e in map(json.loads, (tmp_path / "out/log.jsonl").open()) if e["event"] == "start"]
-    print("went on at steps", starts)
+    lines = (tmp_path / "out/log.jsonl").read_text().splitlines()
+    starts = [json.loads(line)["step"] for line in lines if '"event": "start"' in line]
+    print("continued at steps", starts)
     assert len(starts) > 1 and starts[-1] > 0
 
 
 def test_a_folder_in_use_is_refused_also_with_fresh(small, tmp_path, inside, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
-    code = ("import fcntl, time; f = open('out/lock', 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on host'); "
-            "f.flush(); print(flush=True); time.sleep(99)")
+    code = ("import fcntl, time; f = open('out/lock', 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); "
+            "f.write('process 7 on host'); f.flush(); print(flush=True); time.sleep(99)")
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     holder.stdout.readline()
     for more in ((), ("--fresh",)):
@@ -151,166 +150,254 @@ def test_a_folder_in_use_is_refused_also_with_fresh(small, tmp_path, inside, mon
     assert "stopped at step 1" in inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
 
 
-SNIPPET = re.search(r"    #!/bin/bash\n.*?requeue[^\n]*\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
+RELIABILITY = (ROOT / "docs/reliability.md").read_text()
+SNIPPET = re.search(r"    #!/bin/bash\n.*?requeue[^\n]*\n\n", RELIABILITY, re.DOTALL)
 
 
-def test_the_slurm_snippet_requeues_what_is_unfinished_and_only_that(tmp_path):
-    """With stand-ins for SLURM's programs: srun leaves with torchrun's 1 and the log's last line that the run wrote."""
+def test_the_slurm_snippet_requeues_an_unfinished_run_and_no_other(tmp_path):
+    """With stand-ins for SLURM's programs.
+
+    srun exits with torchrun's 1, after the run has written the last line of its log.
+    """
     script = "\n".join(line[4:] for line in SNIPPET[0].splitlines())
-    for name, text in {"srun": 'mkdir -p runs/long; echo "{\\"event\\": \\"$EVENT\\"}" >> runs/long/log.jsonl; exit 1',
-                       "scontrol": '[ "$1" = show ] && echo host1 || echo "$@" >> requeued'}.items():
+    srun = ('mkdir -p runs/long; echo "{\\"event\\": \\"$EVENT\\"}" >> runs/long/log.jsonl; '
+            "exit 1")
+    scontrol = '[ "$1" = show ] && echo host1 || echo "$@" >> requeued'
+    for name, text in (("srun", srun), ("scontrol", scontrol)):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     for event, count in (("unfinished", 1), ("step", 1), ("finished", 1), ("unfinished", 2)):
-        subprocess.run(["bash", "-c", script], cwd=tmp_path, env={
-            **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "EVENT": event, "SLURM_JOB_ID": "5", "SLURM_NNODES": "2",
-            "SLURM_JOB_NODELIST": "host[1-2]"})
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "EVENT": event,
+               "SLURM_JOB_ID": "5", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host[1-2]"}
+        subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env)
         assert (tmp_path / "requeued").read_text() == "requeue 5\n" * count
+
+
+# The log
+
+def events(log):
+    return [(entry["event"], entry["step"]) for entry in log.entries()]
+
+
+def test_a_later_start_supersedes_the_log_entries_after_its_step(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    log.add("start", 0)
+    for step in (1, 2, 3, 4):
+        log.add("step", step, loss=10. + step)
+    log.add("epoch", 4, knn=50.)
+    assert len(events(log)) == 6
+    log.add("start", 2)
+    assert events(log) == [("start", 0), ("step", 1), ("step", 2), ("start", 2)]
+    log.add("step", 3, loss=3.)
+    assert events(log)[-2:] == [("start", 2), ("step", 3)]
+    assert log.values("loss") == [11., 12., 3.] and log.values("knn") == []
+    log.add("start", 0)                                         # --fresh
+    assert events(log) == [("start", 0)] and log.values("loss") == []
+
+
+def test_a_log_line_cut_off_by_a_kill_does_not_harm_the_lines_after_it(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    log.add("start", 0)
+    log.add("step", 1, loss=1.)
+    with log.path.open("ab") as file:
+        file.write(b'{"event": "step", "step": 2, "lo')
+    assert events(log) == [("start", 0), ("step", 1)]
+    log.add("start", 1)
+    log.add("step", 2, loss=2.)
+    assert events(log) == [("start", 0), ("step", 1), ("start", 1), ("step", 2)]
+    assert log.values("loss") == [1., 2.]
+    for odd in (b"3\n", b'{"a": 1}\n', b"null\n", b"\xff\xfe\n", b"\n", b'["step"]\n'):
+        with log.path.open("ab") as file:
+            file.write(odd)
+    assert log.values("loss") == [1., 2.]
+
+
+def test_the_log_is_only_ever_appended_to(small, tmp_path, inside):
+    """Whatever is started again: continued, finished, from an earlier step, refused, anew."""
+    path, before = tmp_path / "out/log.jsonl", b""
+    run, every_step = [moco_v2, small, *TINY], ["--save-minutes", 0]
+    for more in (["--max-steps", 3, *every_step], ["--max-steps", 4], ["--max-steps", 4],
+                 ["--m", ".5"], ["--fresh", "--max-steps", 1]):
+        if "--m" in more:
+            refused(*run, *more)
+        else:
+            inside(*run, *more, cwd=tmp_path)
+        text = path.read_bytes()
+        assert text.startswith(before)
+        before = text
+    (tmp_path / "out/checkpoint.pt").unlink()
+    out = inside(*run, "--max-steps", 2, cwd=tmp_path)
+    assert "note: out has a log but no checkpoint; the run starts anew" in out
+    assert path.read_bytes().startswith(before)
+    found = events(Log(path))
+    assert found[0] == ("start", 0) and [e for e, _ in found].count("start") == 1
+    assert found[-1] == ("stopped", 2)
+    assert path.read_text().count('"event": "start"') == 5
 
 
 # Disk
 
-def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(small, tmp_path):
-    """On a real file system of 80 MB, where Linux lets us mount one: three checkpoints of 63 MB do not fit."""
-    code = ("import subprocess, sys; sys.path.insert(0, sys.argv[1]); import moco_v2\n"
+def test_a_full_disk_is_named_and_the_run_continues_when_there_is_space(small, tmp_path):
+    """On a real file system of 80 MB, if one can be mounted: a checkpoint has 63 MB."""
+    code = ("import os, subprocess, sys; sys.path.insert(0, sys.argv[1]); import moco_v2\n"
+            "from common import UserError\n"
             "try: moco_v2.main(sys.argv[2:])\n"
-            "except SystemExit as error: print('ended:', error)\n"
-            "print(sorted(p.name for p in __import__('pathlib').Path('disk/out').iterdir()), flush=True)\n"
+            "except UserError as error: print('ended:', error)\n"
+            "print(sorted(os.listdir('disk/out')), flush=True)\n"
             "subprocess.run(['mount', '-o', 'remount,size=300m', 'disk'], check=True)\n"
             "moco_v2.main(sys.argv[2:])")
     (tmp_path / "disk").mkdir()
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", tmp_path / "disk"], capture_output=True).returncode:
+    mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", tmp_path / "disk"]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no right to mount a file system")
-    argv = [small, *TINY[:-1], "disk/out"]
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=80m none disk && exec "$@"', "sh",
-                           sys.executable, "-c", code, str(ROOT), *argv], cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    script = 'mount -t tmpfs -o size=80m none disk && exec "$@"'
+    argv = ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", code, str(ROOT),
+            small, *TINY[:-1], "disk/out"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"ended: disk/out/checkpoint.tmp: step 10 cannot be saved, with \d+ MiB free there: make", done.stdout)
+    message = (r"ended: disk/out/checkpoint.tmp: cannot save step 10, with \d+ MiB free: free some "
+               "space and run the same command again")
+    assert re.search(message, done.stdout), done.stdout
     assert "['checkpoint.pt', 'curves.png', 'lock', 'log.jsonl']" in done.stdout
-    assert "going on in disk/out at step 5 of 15" in done.stdout and "finished: checkpoint" in done.stdout
+    assert "continuing at step 5 of 15 in disk/out" in done.stdout
+    assert "finished: checkpoint" in done.stdout
 
 
-def test_a_full_disk_under_the_log_is_one_line():
-    @train.guarded
+def test_a_full_disk_under_the_log_gets_one_line():
     def main(argv):
         with open("/dev/full", "w") as file:
             file.write("x")
-    with pytest.raises(SystemExit, match="cannot be written .No space left on device.: make room; what was saved is whole"):
-        main([])
+    line = refused(SimpleNamespace(main=main))
+    assert "cannot be written (No space left on device): free some space and run the same" in line
 
 
 def flip(path, rng):
+    """Flip one bit of a file."""
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(small, tmp_path, inside, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
+        small, tmp_path, inside, monkeypatch):
     inside(moco_v2, small, *TINY, "--max-steps", 3, "--save-minutes", 0, cwd=tmp_path)
     path, previous = tmp_path / "out/checkpoint.pt", tmp_path / "out/previous.pt"
     assert (step_of(path), step_of(previous)) == (3, 2)
     flip(path, random.Random(0))
     out = inside(moco_v2, small, *TINY, "--max-steps", 4, cwd=tmp_path)
-    assert "out/checkpoint.pt: cannot be read as a checkpoint: cut short, damaged" in out
-    assert "going on from the one before, out/previous.pt" in out and "going on in out at step 2" in out
+    assert "out/checkpoint.pt: cannot be read as a checkpoint: truncated, damaged" in out
+    assert "continuing from out/previous.pt" in out and "continuing at step 2 of 15 in out" in out
     assert (step_of(path), step_of(previous)) == (4, 2)
-    path.unlink()                                               # as a kill between the two renames leaves it
-    assert "going on in out at step 2" in inside(moco_v2, small, *TINY, "--max-steps", 5, cwd=tmp_path)
+    path.unlink()                               # as a kill between the two renames leaves it
+    out = inside(moco_v2, small, *TINY, "--max-steps", 5, cwd=tmp_path)
+    assert "out/checkpoint.pt is missing: continuing from out/previous.pt" in out
+    assert "continuing at step 2 of 15 in out" in out
     for file in (path, previous):
-        os.truncate(file, 1000) if file.exists() else None
-    held = path.read_bytes()
-    assert "cut short" in refused(moco_v2, small, *TINY) and path.read_bytes() == held
-    assert "writing to out" in inside(moco_v2, small, *TINY, "--fresh", "--max-steps", 1, cwd=tmp_path)
+        if file.exists():
+            os.truncate(file, 1000)
+    kept = path.read_bytes()
+    line = refused(moco_v2, small, *TINY)
+    assert "out/checkpoint.pt: cannot be read" in line and "--fresh starts anew" in line
+    assert path.read_bytes() == kept
+    assert "writing to out" in inside(moco_v2, small, *TINY, "--fresh", "--max-steps", 1,
+                                      cwd=tmp_path)
 
 
-def test_what_is_no_damage_changes_nothing(small, tmp_path, inside, monkeypatch):
-    """No memory for reading, a refused command: the folder stays as it is."""
+def test_errors_other_than_damage_change_no_file(small, tmp_path, inside, monkeypatch):
+    """No memory for reading, a faulty disk, a refused command: the folder stays as it is."""
     inside(moco_v2, small, *TINY, "--max-steps", 2, "--save-minutes", 0, cwd=tmp_path)
     path, previous = tmp_path / "out/checkpoint.pt", tmp_path / "out/previous.pt"
-    held = path.read_bytes(), previous.read_bytes()
+    kept = path.read_bytes(), previous.read_bytes()
 
     def fails(error):
         def load(*_, **__):
             raise error
         return load
-    for error, line in ((MemoryError(), "no memory left: lower"), (OSError(5, "Input/output error"), "cannot be opened")):
-        monkeypatch.setattr(model.torch, "load", fails(error))
+    for error, line in ((MemoryError(), "out of memory: use fewer --workers"),
+                        (OSError(5, "Input/output error"),
+                         "out/checkpoint.pt: cannot be opened (Input/output error)")):
+        monkeypatch.setattr(checkpoint.torch, "load", fails(error))
         assert line in refused(moco_v2, small, *TINY)
+        assert (path.read_bytes(), previous.read_bytes()) == kept
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     flip(path, random.Random(0))
     damaged = path.read_bytes()
-    assert "lr 0.0009375 there, 0.1 now" in refused(moco_v2, small, *TINY, "--lr", ".1")
-    assert (path.read_bytes(), previous.read_bytes()) == (damaged, held[1])
+    assert "lr 0.0009375 there, 0.1 here" in refused(moco_v2, small, *TINY, "--lr", ".1")
+    assert (path.read_bytes(), previous.read_bytes()) == (damaged, kept[1])
     inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
-    assert (tmp_path / "out/damaged.pt").read_bytes() == damaged and path.read_bytes() == held[1]
-    told = refused(linear_probe, small, "--encoder", path, "--out", "out", "--fresh")
-    assert "holds the encoder that is probed" in told and path.exists()
-    path.unlink()
-    with (tmp_path / "out/log.jsonl").open("a") as log:
-        log.write('3\n{"a": 1}\n{"event": "epoch", "step": 5}\n{"cut')
-    out = inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
-    assert "has a log but no checkpoint: it begins anew" in out and (tmp_path / "out/log.old.jsonl").exists()
+    assert (tmp_path / "out/damaged.pt").read_bytes() == damaged
+    assert path.read_bytes() == kept[1]
+    line = refused(linear_probe, small, "--encoder", path, "--out", "out", "--fresh")
+    assert "--out out: holds the encoder that is probed" in line and path.exists()
 
 
 def test_images_may_move_but_not_change_in_number(small, tmp_path, inside):
     images = Path(shutil.copytree(small, tmp_path / "a"))
     inside(moco_v2, images, *TINY, "--max-steps", 1, cwd=tmp_path)
     moved = images.rename(tmp_path / "b")
-    assert "going on in out at step 1" in inside(moco_v2, moved, *TINY, "--max-steps", 2, cwd=tmp_path)
+    out = inside(moco_v2, moved, *TINY, "--max-steps", 2, cwd=tmp_path)
+    assert "continuing at step 1 of 15 in out" in out
     next((moved / "train/cat").iterdir()).unlink()
-    assert "(images 44 there, 43 now)" in refused(moco_v2, moved, *TINY)
+    assert "(images 44 there, 43 here)" in refused(moco_v2, moved, *TINY)
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path, long):
-    f = model.resnet("resnet10")
-    rng, path, whole = random.Random(0), tmp_path / "c.pt", io.BytesIO()
-    torch.save({"step": 1, "settings": {}, "f": f.layer1.state_dict()}, whole)
+    rng, path, content = random.Random(0), tmp_path / "c.pt", io.BytesIO()
+    f = resnet("resnet10").layer1.state_dict()
+    torch.save({"step": 1, "settings": {}, "f": f}, content)
     unnoticed = []
     for i in range(400 if long else 60):
-        path.write_bytes(whole.getvalue())
+        path.write_bytes(content.getvalue())
         flip(path, rng)
         try:
-            read = model.read_checkpoint(path, train.CHECKPOINT)
-        except SystemExit:
+            read = checkpoint.read(path, checkpoint.CONTENT)
+        except UserError:
             continue
-        # a bit of the archive's padding or of a date changes nothing
-        unnoticed.append(not all(torch.equal(v, read["f"][k]) for k, v in f.layer1.state_dict().items()))
-    print(f"{i + 1} bits flipped, {len(unnoticed)} in what is not read")
+        # A bit of the archive's padding or of a date changes nothing.
+        unnoticed.append(any(not torch.equal(v, read["f"][name]) for name, v in f.items()))
+    print(f"{i + 1} bits flipped, {len(unnoticed)} of them in what is not read")
     assert not any(unnoticed) and len(unnoticed) < .05 * i
 
 
 # Numbers
 
-def test_a_loss_or_gradient_that_is_not_finite_stops_before_it_is_saved(small, tmp_path, inside, monkeypatch):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
+        small, tmp_path, inside, monkeypatch):
     inside(moco_v2, small, *TINY, "--max-steps", 2, cwd=tmp_path)
-    path, step, build = tmp_path / "out/checkpoint.pt", moco_v2.train_step, moco_v2.build
+    path, train_step, build = tmp_path / "out/checkpoint.pt", moco_v2.train_step, moco_v2.build
 
-    def infinite_loss(*args):
-        loss = step(*args)
-        return loss * float("nan") if args[9] == 3 else loss
-    monkeypatch.setattr(moco_v2, "train_step", infinite_loss)
-    told = refused(moco_v2, small, *TINY)
-    assert re.match(r"the loss is nan at step 4, learning rate \S+: try a smaller --lr, .* is of before", told)
+    def with_infinite_loss(moco, optimizer, x1, x2, permutation, step, ranks):
+        loss = train_step(moco, optimizer, x1, x2, permutation, step, ranks)
+        return loss * float("nan") if step == 3 else loss
+    monkeypatch.setattr(moco_v2, "train_step", with_infinite_loss)
+    line = refused(moco_v2, small, *TINY)
+    assert re.match(r"the loss is nan at step 4, learning rate \S+: try a smaller --lr, .* is from "
+                    "before", line), line
     assert step_of(path) == 2
 
-    def infinite_gradient(*args):
-        built, calls = build(*args), iter(range(9))
-        built[0].f.conv1.weight.register_hook(lambda g: g * float("inf") if next(calls) == 2 else g)
-        return built
-    monkeypatch.setattr(moco_v2, "train_step", step)
-    monkeypatch.setattr(moco_v2, "build", infinite_gradient)
-    assert "the loss is finite at step 5, but its gradient was not, learning rate" in refused(moco_v2, small, *TINY)
+    def with_infinite_gradient(*args):
+        moco, optimizer = build(*args)
+        calls = iter(range(9))
+        moco.encoder_q.f.conv1.weight.register_hook(
+            lambda g: g * float("inf") if next(calls) == 2 else g)
+        return moco, optimizer
+    monkeypatch.setattr(moco_v2, "train_step", train_step)
+    monkeypatch.setattr(moco_v2, "build", with_infinite_gradient)
+    line = refused(moco_v2, small, *TINY)
+    assert "the loss is finite at step 5, but the weights are not, learning rate" in line
     assert step_of(path) == 2
     monkeypatch.setattr(moco_v2, "build", build)
-    assert "going on in out at step 2" in inside(moco_v2, small, *TINY, "--max-steps", 5, cwd=tmp_path)
-    assert all(torch.isfinite(v).all() for v in torch.load(path, weights_only=True)["f"].values())
+    out = inside(moco_v2, small, *TINY, "--max-steps", 5, cwd=tmp_path)
+    assert "continuing at step 2 of 15 in out" in out
+    f = torch.load(path, weights_only=True)["f"]
+    assert all(torch.isfinite(v).all() for v in f.values())
 
 
 # Images
 
 def write_odd(folder):
-    """One image of every kind that is read, and files that are none; returns their names."""
+    """One image of every kind that can be read, and files that cannot; returns their names."""
     folder.mkdir()
     pixels = photo(np.random.default_rng(0), 90, 110)
     image, exif = Image.fromarray(pixels), Image.Exif()
@@ -326,60 +413,77 @@ def write_odd(folder):
     image.crop((0, 0, 1, 1)).save(folder / "one.png")
     Image.new("RGB", (20000, 1)).save(folder / "line.png")
     Image.new("RGB", (20000, 4000)).save(folder / "wide.jpg")
-    read = sorted(p.name for p in folder.iterdir())
+    readable = sorted(p.name for p in folder.iterdir())
     Image.new("1", (20000, 20000)).save(folder / "bomb.png")
     (folder / "cut.jpg").write_bytes((folder / "ok.jpg").read_bytes()[:1200])
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.jpg").write_text("no image")
-    (folder / "program.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    return read, sorted({p.name for p in folder.iterdir()} - set(read))
+    (folder / "program.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+                                        "%%EndComments\nshowpage\n")
+    return readable, sorted({p.name for p in folder.iterdir()} - set(readable))
 
 
-def test_odd_images_are_read_or_replaced_by_a_function_of_their_index(tmp_path):
-    read, not_read = write_odd(tmp_path / "odd")
-    files = data._find(tmp_path / "odd")
+def test_odd_images_are_read_or_replaced_by_the_next_readable_one(tmp_path):
+    """Which one replaces an image depends only on its index."""
+    readable, unreadable = write_odd(tmp_path / "odd")
+    files = image_files(tmp_path / "odd")
     names = [Path(os.fsdecode(f)).name for f in files]
-    loader = data._Files(files, lambda image, u: (data._crops(image, u, 64, (.2, 1.)), data._centre(image, None, 64)))
+
+    def make(image, u):
+        return data._crops(image, u, 64, (.2, 1.)), data._centre(image, None, 64)
+    loader = data._Files(files, make)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                         # PIL's, on palettes and on large images
+        warnings.simplefilter("ignore")         # PIL's, on palettes and on large images
         found = [loader[i, np.random.default_rng(i).random((2, 22))] for i in range(len(files))]
-        # a replaced image is the next one that can be read
-        assert [names[at] for at, _ in found] == [next(n for n in names[i:] + names if n in read) for i in range(len(names))]
+        for i, (index, (crops, centre)) in enumerate(found):
+            expected = next(n for n in names[i:] + names if n in readable)
+            assert names[index] == expected
+            assert crops.shape == (2, 3, 64, 64) and centre.shape == (3, 64, 64)
         deep, grey = (data.read_image(tmp_path / f"odd/{n}") for n in ("deep.png", "grey.jpg"))
-    assert all(crops.shape == (2, 3, 64, 64) and centre.shape == (3, 64, 64) for _, (crops, centre) in found)
-    assert len(not_read) == 5 and deep.float().std() > 20 and (grey[0] == grey[1]).all()
+    assert len(unreadable) == 5
+    assert deep.float().std() > 20 and (grey[0] == grey[1]).all()
     with pytest.raises(Image.DecompressionBombError):
         data.read_image(tmp_path / "odd/bomb.png")
 
 
+def mutated(content, rng, header):
+    """A JPEG with 1 to 19 random changes, a third of the time in the header, or cut short."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 20)):
+        at = int(rng.integers(700 if header else len(content)))
+        kind = rng.integers(3)                  # a byte is added, replaced or removed
+        content[at:at + (kind > 0)] = rng.bytes(int(kind < 2))
+        if rng.random() < .02:
+            del content[int(rng.integers(100, len(content))):]
+    return content
+
+
 def test_mutated_jpegs_do_no_harm(tmp_path, long):
-    """Through a worker process: no crash, no hang, bounded memory."""
+    """Read by a worker process: no crash, no hang, bounded memory."""
     rng, count = np.random.default_rng(0), 20000 if long else 4000
-    wholes = []
+    originals = []
     for i in range(8):
         out = io.BytesIO()
-        Image.fromarray(photo(rng, *rng.integers(60, 200, 2))).save(out, "jpeg", quality=int(rng.integers(40, 95)),
-                                                                    progressive=bool(i % 2))
-        wholes.append(out.getvalue())
+        image = Image.fromarray(photo(rng, *rng.integers(60, 200, 2)))
+        image.save(out, "jpeg", quality=int(rng.integers(40, 95)), progressive=bool(i % 2))
+        originals.append(out.getvalue())
     for i in range(count):
-        b = bytearray(wholes[i % 8])
-        for _ in range(rng.integers(1, 20)):
-            at = int(rng.integers(len(b) if i % 3 else 700))    # a third of them in the header, where sizes stand
-            kind = rng.integers(3)
-            b[at:at + (kind > 0)] = rng.bytes(int(kind < 2))    # a byte more, another one, or one less
-            del b[int(rng.integers(100, len(b))) if rng.random() < .02 else len(b):]        # or cut short
-        (tmp_path / f"{i:05}.jpg").write_bytes(b)
-    files = data._find(tmp_path)
-    loader = data._Files(files, functools.partial(data._crops, size=32, area=(.2, 1.)))
-    before, began, replaced = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, time.time(), 0
-    seen = 0
-    crops = [[(i, rng.random((1, 22))) for i in range(at, min(at + 50, count))] for at in range(0, count, 50)]
-    for at, _ in DataLoader(loader, batch_sampler=crops, num_workers=1, timeout=60):
-        replaced += int((at != torch.arange(seen, seen + len(at))).sum())
-        seen += len(at)
+        content = mutated(originals[i % 8], rng, header=i % 3 == 0)
+        (tmp_path / f"{i:05}.jpg").write_bytes(content)
+    make = functools.partial(data._crops, size=32, area=(.2, 1.))
+    files = data._Files(image_files(tmp_path), make)
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, time.time()
+    replaced = seen = 0
+    keys = [[(i, rng.random((1, 22))) for i in range(start, min(start + 50, count))]
+            for start in range(0, count, 50)]
+    for index, _ in DataLoader(files, batch_sampler=keys, num_workers=1, timeout=60):
+        replaced += int((index != torch.arange(seen, seen + len(index))).sum())
+        seen += len(index)
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 10
-    print(f"{count} mutated, {replaced} replaced, {time.time() - began:.0f} s, at most {memory:.0f} MiB in a worker")
-    assert seen == count and .02 * count < replaced < .9 * count and memory < max(4000, before / 2 ** 10 + 1)
+    print(f"{count} mutated, {replaced} replaced, {time.time() - began:.0f} s, at most "
+          f"{memory:.0f} MiB in a worker")
+    assert seen == count and .02 * count < replaced < .9 * count
+    assert memory < max(4000, before / 2 ** 10 + 1)
 
 
 # Files from strangers
@@ -389,21 +493,27 @@ class Evil:
         return os.system, ("touch harmed",)
 
 
-def test_what_would_run_code_is_refused(small, tmp_path, monkeypatch):
-    """As a checkpoint to go on from, as an encoder of ours, as FAIR's file and torchvision's; new and old format."""
+def test_a_file_that_would_run_code_is_refused(small, tmp_path, monkeypatch):
+    """As a checkpoint to continue from, as an encoder of ours, as FAIR's file, as torchvision's.
+
+    In the new and the old file format.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     good = torchvision.models.resnet18().state_dict()
     for zipped in (True, False):
         for i, content in enumerate((
-                {"step": 1, "settings": {}, "f": Evil(), "g": {}}, {"state_dict": {**good, "x": Evil()}},
+                {"step": 1, "settings": {}, "f": Evil(), "g": {}},
+                {"state_dict": {**good, "x": Evil()}},
                 {"module.encoder_q.conv1.weight": Evil()}, {**good, "x": Evil()}, Evil())):
             torch.save(content, "evil.pt", _use_new_zipfile_serialization=zipped)
-            told = refused(linear_probe, small, "--quick", "--encoder", "evil.pt")
-            assert re.match(r"evil.pt: refused: reading it would run code \(\w+\.system\)", told), told
-            if not i:
+            line = refused(linear_probe, small, "--quick", "--encoder", "evil.pt")
+            message = r"evil.pt: refused: reading it would run code \(\w+\.system\)"
+            assert re.match(message, line), line
+            if i == 0:
                 shutil.copy("evil.pt", "out/checkpoint.pt")
-                assert "refused: reading it would run code" in refused(moco_v2, small, *TINY)
+                line = refused(moco_v2, small, *TINY)
+                assert "out/checkpoint.pt: refused: reading it would run code" in line
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
     assert "evil.pt: " in refused(linear_probe, small, "--quick", "--encoder", "evil.pt")
     assert not (tmp_path / "harmed").exists()
@@ -412,36 +522,47 @@ def test_what_would_run_code_is_refused(small, tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_run_is_refused(small, tmp_path, inside):
     inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
     path = tmp_path / "out/checkpoint.pt"
-    whole = torch.load(path, weights_only=True)
-    momentum = {"state": {i: {"momentum_buffer": torch.zeros(3)} for i in whole["optimizer"]["state"]}}
-    for change, line in [
-            ({"f": None}, "checkpoint: f is missing"), ({"queue": None}, "checkpoint: queue is missing, or no tensor"),
+    saved = torch.load(path, weights_only=True)
+    f, optimizer, settings = saved["f"], saved["optimizer"], saved["settings"]
+    momentum = {i: {"momentum_buffer": torch.zeros(3)} for i in optimizer["state"]}
+    foreign = "checkpoint: optimizer belongs to another network or method"
+    for change, message in [
+            ({"f": None}, "checkpoint: f is missing or not a dict"),
+            ({"queue": None}, "checkpoint: queue is missing or not a tensor"),
             ({"queue": torch.zeros(7, 128)}, "queue has shape (7, 128), not (20, 128)"),
-            ({"f": {**whole["f"], "conv1.weight": torch.zeros(1)}}, "f: tensor conv1.weight has shape (1,)"),
-            ({"encoder_k": whole["f"]}, "encoder_k: tensor f.conv1.weight is missing"),
-            ({"optimizer": {}}, "optimizer is that of another"),
-            ({"optimizer": {**whole["optimizer"], **momentum}}, "optimizer is that of another"),
-            ({"step": -1}, "step -1 there, of 15 now"),
-            ({"f": {**whole["f"], "conv1.weight": 3}}, "tensor conv1.weight has shape"),
-            ({"optimizer": {**whole["optimizer"], "state": {}}}, "optimizer is that of another"),
-            ({"step": "1"}, "it lacks one of step, settings"), ({"settings": None}, "it lacks one of step, settings"),
-            ({"settings": {**whole["settings"], "script": "simclr"}}, "(script simclr there, moco_v2 now)")]:
-        torch.save({k: v for k, v in {**whole, **change}.items() if v is not None}, path)
-        held = path.read_bytes()
-        told = refused(moco_v2, small, *TINY)
-        assert line in told and path.read_bytes() == held, told
-    for content in ({"f": 1, "g": 2, "settings": {}}, {"state_dict": 3}, {"settings": 3, "f": {}, "g": {}}, {1: torch.ones(1)}):
+            ({"f": {**f, "conv1.weight": torch.zeros(1)}},
+             "f: tensor conv1.weight has shape (1,), not (64, "),
+            ({"f": {**f, "conv1.weight": 3}}, "f: tensor conv1.weight has shape int, not (64, "),
+            ({"encoder_k": f}, "encoder_k: tensor f.conv1.weight is missing"),
+            ({"optimizer": {}}, foreign),
+            ({"optimizer": {**optimizer, "state": momentum}}, foreign),
+            ({"optimizer": {**optimizer, "state": {}}}, foreign),
+            ({"step": -1}, "step -1 there, 15 in all here"),
+            ({"step": 16}, "step 16 there, 15 in all here"),
+            ({"step": "1"}, "it lacks one of step, settings"),
+            ({"settings": None}, "it lacks one of step, settings"),
+            ({"settings": {**settings, "script": "simclr"}},
+             "(script simclr there, moco_v2 here)")]:
+        changed = {name: v for name, v in {**saved, **change}.items() if v is not None}
+        torch.save(changed, path)
+        kept = path.read_bytes()
+        assert message in refused(moco_v2, small, *TINY)
+        assert path.read_bytes() == kept
+    for content in ({"f": 1, "g": 2, "settings": {}}, {"state_dict": 3},
+                    {"settings": 3, "f": {}, "g": {}}, {1: torch.ones(1)}):
         torch.save(content, "stranger.pt")
-        assert "holds no encoder" in refused(linear_probe, small, "--quick", "--encoder", "stranger.pt")
-    torch.save(whole, path)
-    for script in (simclr, instdisc):
-        argv = [small, "--arch", "resnet10", "--batch-size", "8", "--epochs", "3", "--out", "out"]
-        assert "(script moco_v2 there, " in refused(script, *argv, *(["--bn-group", "4"] if script is instdisc else []))
+        line = refused(linear_probe, small, "--quick", "--encoder", "stranger.pt")
+        assert "stranger.pt: holds no encoder" in line
+    torch.save(saved, path)
+    argv = [small, "--arch", "resnet10", "--batch-size", "8", "--epochs", "3", "--out", "out"]
+    for script, more in ((simclr, []), (instdisc, ["--bn-group", "4"])):
+        assert "(script moco_v2 there, " in refused(script, *argv, *more)
 
 
 # Memory
 
-def test_no_memory_left_says_what_to_lower(small, tmp_path, monkeypatch):
+def test_if_memory_runs_out_the_line_says_what_to_reduce(small, tmp_path, monkeypatch):
+    """And that another batch size is a new run."""
     monkeypatch.chdir(tmp_path)
 
     def gpu(*_):
@@ -449,25 +570,55 @@ def test_no_memory_left_says_what_to_lower(small, tmp_path, monkeypatch):
 
     def cpu(*_):
         torch.empty(2 ** 50, dtype=torch.uint8)
-    for module, argv in ((moco_v2, TINY), (simclr, [a for a in TINY if a not in ("--bn-group", "4", "--K", "20")])):
-        for step, line in ((gpu, "no GPU memory left: lower --batch-size"), (cpu, "no memory left: lower --batch-size")):
+    brief = [word for word in TINY if word not in ("--bn-group", "4", "--K", "20")]
+    advice = "a smaller --batch-size (a new run: it needs another --out or --fresh)"
+    for module, argv in ((moco_v2, TINY), (simclr, brief)):
+        for step, what in ((gpu, "out of GPU memory: use "), (cpu, "out of memory: use ")):
             monkeypatch.setattr(module, "train_step", step)
-            assert line in refused(module, small, *argv, "--fresh")
+            line = refused(module, small, *argv, "--fresh")
+            assert line.startswith(what) and advice in line and "--workers" in line
+
+
+@pytest.mark.parametrize("script, argv, advice", [
+    ("moco_v2", [], "a smaller --batch-size (a new run: it needs another --out or --fresh)"),
+    ("instdisc", [], "a smaller --batch-size (a new run: it needs another --out or --fresh)"),
+    ("simclr", [], "a smaller --chunk or --batch-size (a new run: it needs another --out or "),
+    ("linear_probe", ["--train", "all"], "a smaller --batch-size (a new run: it needs another"),
+    ("dip_inversion", [], None), ("tsne_aug", [], None)])
+def test_each_script_advises_flags_of_its_own_if_memory_runs_out(
+        script, argv, advice, tmp_path, monkeypatch, capsys):
+    """Started as a user does. Figures 2 and 3 have neither batches nor a run to continue."""
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(data, "open_data", fails)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    line = capsys.readouterr().err
+    assert end.value.code == 1 and line.count("\n") == 1
+    assert line.startswith("out of GPU memory: use ")
+    if advice:
+        assert advice in line
+    else:
+        assert "--batch-size" not in line and "--out" not in line
 
 
 def test_a_killed_worker_ends_the_run(tmp_path, monkeypatch):
     large = write_folder(tmp_path / "large", 5, (70, 90))
     monkeypatch.chdir(tmp_path)
-    step = moco_v2.train_step
+    train_step = moco_v2.train_step
 
-    def slow(*args):
-        if args[9] == 3:                                       # as the kernel does where memory runs out
+    def with_a_kill(moco, optimizer, x1, x2, permutation, step, ranks):
+        if step == 3:                           # as the kernel does if memory runs out
             for worker in active_children():
                 os.kill(worker.pid, signal.SIGKILL)
-        return step(*args)
-    monkeypatch.setattr(moco_v2, "train_step", slow)
+        return train_step(moco, optimizer, x1, x2, permutation, step, ranks)
+    monkeypatch.setattr(moco_v2, "train_step", with_a_kill)
     alarm = threading.Timer(60, os._exit, (9,))
     alarm.start()
-    told = refused(moco_v2, large, *TINY, "--epochs", "50", "--workers", "1")
+    line = refused(moco_v2, large, *TINY, "--epochs", "50", "--workers", "1")
     alarm.cancel()
-    assert "a process that reads images has died, mostly for want of memory: lower --workers or --batch-size" in told
+    assert ("a process that reads images was killed, probably for lack of memory: use fewer "
+            "--workers") in line
+    assert "a smaller --batch-size (a new run" in line

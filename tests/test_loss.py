@@ -1,3 +1,5 @@
+"""Eq. (1) against a literal loop."""
+
 import math
 
 import torch
@@ -9,9 +11,10 @@ def eq1(z1, z2, negatives, temperature):
     """Eq. (1), literally: one row, one negative at a time."""
     total = 0
     for i in range(len(z1)):
-        def sim(b):
-            return math.fsum((z1[i] * b).tolist()) / temperature
-        total += -math.log(math.exp(sim(z2[i])) / (math.exp(sim(z2[i])) + sum(math.exp(sim(n)) for n in negatives)))
+        def exp_sim(b):
+            return math.exp(math.fsum((z1[i] * b).tolist()) / temperature)
+        positive = exp_sim(z2[i])
+        total += -math.log(positive / (positive + sum(exp_sim(n) for n in negatives)))
     return total / len(z1)
 
 
@@ -38,13 +41,15 @@ def test_info_nce_gradient_is_softmax_minus_one_hot():
     torch.testing.assert_close(logits.grad, expected / .2 / 4, rtol=1e-12, atol=1e-14)
 
 
-def test_masked_columns_are_no_negatives():
-    positive, negatives = torch.randn(3, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+def test_masked_columns_are_ignored():
+    torch.manual_seed(2)
+    positive = torch.randn(3, dtype=torch.float64)
+    negatives = torch.randn(3, 6, dtype=torch.float64)
     masked = torch.cat([negatives, torch.full((3, 2), -math.inf, dtype=torch.float64)], 1)
     assert info_nce(positive, masked, .1) == info_nce(positive, negatives, .1)
 
 
-def test_loss_is_taken_in_float32_or_better():
+def test_loss_is_computed_in_float32_or_higher():
     z = torch.randn(3, 8)
     assert unit(z.bfloat16()).dtype == torch.float32 and unit(z.double()).dtype == torch.float64
     assert info_nce(z[:, 0].bfloat16(), z.bfloat16(), .1).dtype == torch.float32

@@ -1,98 +1,183 @@
-"""Feature inversion and t-SNE: the networks, the objective, the map, the measures, and both scripts to their pictures."""
+"""Feature inversion and t-SNE: networks, objective, maps, scores, and both pictures."""
 
 import json
 import math
+import runpy
 
 import numpy as np
 import pytest
 import torch
-from conftest import photo
+from conftest import ROOT, image_files, photo, refused
 from PIL import Image
 
 import dip_inversion
 import tsne_aug
-from common import data, textures
+from common import UserError, augment, data, textures
 from common.model import Encoder, head, resnet
 
+CPU = torch.device("cpu")
 
-# Deep Image Prior
+
+# Deep Image Prior.
 
 def test_r_has_the_released_size_and_makes_images():
     assert sum(p.numel() for p in dip_inversion.R(224).parameters()) == 2_606_763
     for size in (32, 64, 96):
         network = dip_inversion.R(size)
         x = network(torch.rand(1, 32, network.noise_size, network.noise_size) / 10)
-        assert x.shape == (1, 3, size, size) and 0 < x.min() < x.max() < 1
+        assert x.shape == (1, 3, size, size)
+        assert 0 < x.min() < x.max() < 1
+
+
+def small_encoder(seed=0):
+    torch.manual_seed(seed)
+    return Encoder(resnet("resnet10"), head("mlp", 512))
 
 
 def column(feature, seed=0):
-    torch.manual_seed(seed)
-    return dip_inversion.Column(Encoder(resnet("resnet10"), head("mlp", 512)), feature, "textures")
+    return dip_inversion.column(small_encoder(seed), feature, "textures", CPU)
+
+
+def inverted(columns, x, iterations, seed):
+    """x_rec and error after the last iteration."""
+    *_, (_, x_rec, error) = dip_inversion.invert(columns, x, iterations, seed)
+    return x_rec, error
 
 
 @pytest.fixture
 def in_double():
-    """Biases before a batch norm have no gradient but rounding's, which Adam makes large in float32."""
+    """The gradient of a bias before a batch norm is only rounding error.
+
+    In float32, Adam would make it large.
+    """
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
 def test_many_r_at_once_equal_separate_ones(in_double):
-    """A panel's network, noise and gradient are the same alone: beside others its batch norm sees no more than itself."""
+    """A panel's network, noise and gradient are the same alone: its batch norm sees no other."""
     torch.manual_seed(1)
-    images = torch.rand(2, 3, 32, 32)
-    together, errors = dip_inversion.invert([column("h"), column("hidden")], images, 3, seed=5)
+    x = torch.rand(2, 3, 32, 32)
+    together, errors = inverted([column("h"), column("hidden")], x, 3, seed=5)
     assert together.shape == (2, 2, 3, 32, 32)
-    panels = dip_inversion.Panels(4, 32, 5)
+    assert errors.shape == (2, 2)
+    panels = dip_inversion.Panels(2, 2, 32, 5)
     one = dip_inversion.R(32)
     one.load_state_dict({name: weight[3] for name, weight in zip(panels.names, panels.weights)})
-    assert torch.allclose(panels()[3], one(panels.noise[3:]), atol=1e-12)
-    # the same panel, alone: the target's column and image, and plain modules and autograd
+    assert torch.allclose(panels()[1, 1], one(panels.noise[3:]), atol=1e-12)
+    # The same panel alone: the last column and image, with plain modules and autograd.
     target, optimizer = column("hidden"), torch.optim.Adam(one.parameters(), 1e-3)
     for _ in range(3):
-        x = one(panels.noise[3:])
-        loss = (target(x) - target(images[1:])).square().mean()
+        x_rec = one(panels.noise[3:])
+        loss = (target(x_rec) - target(x[1:])).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert torch.allclose(together[1, 1], x[0].detach(), atol=1e-9)
-    expected = (target(x) - target(images[1:])).square().sum() / target(images[1:]).square().sum()
+    assert torch.allclose(together[1, 1], x_rec[0].detach(), atol=1e-9)
+    difference = (target(x_rec) - target(x[1:])).square().sum()
+    expected = difference / target(x[1:]).square().sum()
     assert errors[1, 1].item() == pytest.approx(expected.item(), rel=1e-8)
-    again, _ = dip_inversion.invert([column("h"), column("hidden")], images, 3, seed=5)
+    again, _ = inverted([column("h"), column("hidden")], x, 3, seed=5)
     assert torch.equal(together, again)
 
 
+def test_all_columns_of_an_image_start_from_the_same_network_and_noise():
+    """So that differences between columns are paired; other images start from other networks."""
+    panels = dip_inversion.Panels(3, 2, 32, 0)
+    for start in (*panels.weights, panels.noise):
+        by_column = start.detach().unflatten(0, (3, 2))
+        assert torch.equal(by_column[0], by_column[1])
+        assert torch.equal(by_column[0], by_column[2])
+    noise = panels.noise.unflatten(0, (3, 2))
+    assert not torch.equal(noise[0, 0], noise[0, 1])
+    first = panels()
+    assert not torch.allclose(first[0, 0], first[0, 1], atol=.01)
+    # An image starts from the same network whatever else is inverted beside it.
+    alone = dip_inversion.Panels(1, 1, 32, 0)
+    assert torch.equal(alone.noise[0], panels.noise[0])
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(alone.weights, panels.weights))
+    assert not torch.equal(dip_inversion.Panels(1, 1, 32, 1).noise, alone.noise)
+
+
+def test_equal_columns_give_equal_pre_images(in_double):
+    x_rec, error = inverted([column("h"), column("h")], torch.rand(2, 3, 32, 32), 3, seed=0)
+    assert torch.allclose(x_rec[0], x_rec[1], atol=1e-9)
+    assert torch.allclose(error[0], error[1], rtol=1e-9)
+
+
 def test_the_gradient_reaches_only_r_and_the_error_falls():
-    seen, columns = [], [column("h")]
-    before = {k: v.clone() for k, v in columns[0].state_dict().items()}
-    images = torch.from_numpy(textures.draw(8, 1)[0][:1]).float() / 255
-    dip_inversion.invert(columns, images, 40, 0, lambda i, x, error: seen.append(error.item()))
-    assert seen[-1] < .5 * seen[0]
-    assert all(torch.equal(v, before[k]) for k, v in columns[0].state_dict().items())
-    assert all(p.grad is None for p in columns[0].parameters())
+    encoder = small_encoder()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    x = torch.from_numpy(textures.draw(8, 1)[0][:1]).float() / 255
+    columns = [dip_inversion.column(encoder, "h", "textures", CPU)]
+    errors = [error.item() for _, _, error in dip_inversion.invert(columns, x, 40, 0)]
+    assert len(errors) == 40
+    assert errors[-1] < .5 * errors[0]
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(p.grad is None for p in encoder.parameters())
 
 
 def test_each_measure_orders_cases_as_its_name_promises():
-    x = torch.from_numpy(np.stack([photo(np.random.default_rng(i), 64, 64) for i in range(3)])).permute(0, 3, 1, 2) / 255
-    blurred = dip_inversion.augment.blur(x, torch.full((3,), 2.))
+    photos = np.stack([photo(np.random.default_rng(i), 64, 64) for i in range(3)])
+    x = torch.from_numpy(photos).permute(0, 3, 1, 2) / 255
+    blurred = augment.blur(x, torch.full((3,), 2.))
     exchanged, noise = x.flip(1) ** 2, torch.rand(3, 3, 64, 64)
     cases = [x, blurred, exchanged, noise]
-    fidelity = torch.stack([dip_inversion.psnr(x, c) for c in cases])
-    assert fidelity[0].isinf().all() and (fidelity[1] > fidelity[2:]).all() and (fidelity[1] > 10).all()
-    colour = torch.stack([dip_inversion.colour_distance(x, c) for c in cases])
-    assert (colour[0] == 0).all() and (colour[1] < colour[2]).all() and (colour[2] > .4).all() and (colour <= 1).all()
-    assert (dip_inversion.colour_distance(x, x.flip(3)) == 0).all()             # where a colour is does not matter
-    kept = torch.stack([dip_inversion.structure(x, c) for c in cases])
-    assert torch.allclose(kept[0], torch.ones(3), atol=1e-4) and (kept[1] < .99).all()
-    assert (kept[1] > kept[3]).all() and (kept[3].abs() < .2).all()
-    assert torch.allclose(dip_inversion.structure(x, x * .5 + .2), torch.ones(3), atol=.05)     # blind to contrast
-    swapped = x.mean(1, keepdim=True) * torch.tensor([.2, 1., .1]).view(3, 1, 1)
-    grey = x.mean(1, keepdim=True).expand_as(x)
-    assert (dip_inversion.structure(grey, swapped) > .95).all() and (dip_inversion.colour_distance(grey, swapped) > .8).all()
+    fidelity = torch.stack([dip_inversion.psnr(x, case) for case in cases])
+    assert fidelity[0].isinf().all()
+    assert (fidelity[1] > fidelity[2:]).all()
+    assert (fidelity[1] > 10).all()
+    colour = torch.stack([dip_inversion.colour_distance(x, case) for case in cases])
+    assert (colour[0] == 0).all()
+    assert (colour[1] < colour[2]).all()
+    assert (colour[2] > .4).all()
+    assert (colour <= 1).all()
+    assert (dip_inversion.colour_distance(x, x.flip(3)) == 0).all()     # position does not matter
+    kept = torch.stack([dip_inversion.structure(x, case) for case in cases])
+    assert torch.allclose(kept[0], torch.ones(3), atol=1e-4)
+    assert (kept[1] < .99).all()
+    assert (kept[1] > kept[3]).all()
+    assert (kept[3].abs() < .2).all()
+    less_contrast = dip_inversion.structure(x, x * .5 + .2)
+    assert torch.allclose(less_contrast, torch.ones(3), atol=.05)
+    grey = x.mean(1, keepdim=True)
+    coloured = grey * torch.tensor([.2, 1., .1]).view(3, 1, 1)
+    grey = grey.expand_as(x)
+    assert (dip_inversion.structure(grey, coloured) > .95).all()
+    assert (dip_inversion.colour_distance(grey, coloured) > .8).all()
 
 
-# t-SNE
+def test_colour_distance_and_structure_are_their_definitions():
+    """Literal loops over pixels and windows, in float64."""
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 1, 3, 14, 13, dtype=torch.float64)
+    cells = []
+    for image in (x[0], y[0]):
+        counts = {}
+        for pixel in image.flatten(1).T.tolist():
+            cell = tuple(min(3, math.floor(4 * value)) for value in pixel)
+            counts[cell] = counts.get(cell, 0) + 1
+        cells.append(counts)
+    every = cells[0].keys() | cells[1].keys()
+    expected = sum(abs(cells[0].get(c, 0) - cells[1].get(c, 0)) for c in every) / 2 / (14 * 13)
+    assert dip_inversion.colour_distance(x, y, bins=4).item() == pytest.approx(expected)
+    gray = [(image[0].permute(1, 2, 0) @ torch.tensor(augment.GRAY).double()) for image in (x, y)]
+    offset = np.arange(-5, 6)
+    weight = np.exp(-(offset[:, None] ** 2 + offset ** 2) / (2 * 1.5 ** 2))
+    weight = torch.from_numpy(weight / weight.sum())
+    found = []
+    for top in range(4):
+        for left in range(3):
+            a, b = (image[top:top + 11, left:left + 11] for image in gray)
+            a, b = a - (weight * a).sum(), b - (weight * b).sum()
+            spread = ((weight * a * a).sum() * (weight * b * b).sum()).sqrt()
+            found.append(((weight * a * b).sum() + .02 ** 2) / (spread + .02 ** 2))
+    expected = torch.stack(found).mean().item()
+    assert dip_inversion.structure(x, y).item() == pytest.approx(expected, abs=1e-9)
+
+
+# t-SNE.
 
 def test_gradient_is_that_of_the_divergence():
     torch.manual_seed(0)
@@ -105,7 +190,8 @@ def test_gradient_is_that_of_the_divergence():
     divergence = (P[mask] * (P[mask] / Q[mask]).log()).sum()
     expected, = torch.autograd.grad(divergence, y)
     found, value = tsne_aug.gradient(P, y.detach())
-    assert (found - expected).abs().max() < 1e-12 and abs(value - divergence) < 1e-9
+    assert (found - expected).abs().max() < 1e-12
+    assert abs(value - divergence) < 1e-9
 
 
 @pytest.mark.parametrize("perplexity", [5., 30.])
@@ -113,12 +199,19 @@ def test_every_points_perplexity_is_right(perplexity, monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(200, 7).double() * torch.logspace(-2, 2, 200).double()[:, None]
     rows, softmax = [], torch.log_softmax
-    monkeypatch.setattr(torch, "log_softmax", lambda *a: rows.append(softmax(*a)) or rows[-1])
+
+    def recorded(*args):
+        rows.append(softmax(*args))
+        return rows[-1]
+
+    monkeypatch.setattr(torch, "log_softmax", recorded)
     P = tsne_aug.affinities(x, perplexity)
     logp = rows[-1]
     found = (-(logp.exp() * logp.clamp(min=-1e9)).sum(1)).exp()
     assert (found - perplexity).abs().max() < 1e-4
-    assert abs(P.sum() - 1) < 1e-12 and torch.equal(P, P.T) and (P.diagonal() == 0).all()
+    assert abs(P.sum() - 1) < 1e-12
+    assert torch.equal(P, P.T)
+    assert (P.diagonal() == 0).all()
     assert torch.allclose(P, (logp.exp() + logp.exp().T) / 400)
 
 
@@ -128,35 +221,72 @@ def test_a_map_keeps_clusters_apart_and_is_deterministic():
     x = torch.randn(4, 20)[labels] * 3 + torch.randn(100, 20)
     y, divergence = tsne_aug.tsne(x, 10., 0, 400)
     again, _ = tsne_aug.tsne(x, 10., 0, 400)
-    assert torch.equal(y, again) and tsne_aug.agreement(y, labels) > 99 and tsne_aug.silhouette(y, labels) > .5
+    assert torch.equal(y, again)
+    assert tsne_aug.agreement(y, labels) > 99
+    assert tsne_aug.silhouette(y, labels) > .5
     assert divergence < tsne_aug.gradient(tsne_aug.affinities(x, 10.), x[:, :2])[1]
     shuffled = labels[torch.randperm(100)]
-    assert abs(tsne_aug.silhouette(y, shuffled)) < .2 and tsne_aug.agreement(y, shuffled) < 45
+    assert abs(tsne_aug.silhouette(y, shuffled)) < .2
+    assert tsne_aug.agreement(y, shuffled) < 45
+
+
+def literal_silhouette(x, labels):
+    """Rousseeuw (1987), point by point in float64."""
+    x, labels, values = x.double(), labels.tolist(), []
+    for i, label in enumerate(labels):
+        to = {other: [(x[i] - x[j]).norm().item() for j in range(len(x))
+                      if j != i and labels[j] == other] for other in labels}
+        own = to.pop(label)
+        if not own:
+            values.append(0.)
+            continue
+        a, b = np.mean(own), min(np.mean(distances) for distances in to.values())
+        values.append((b - a) / max(a, b) if max(a, b) > 0 else 0.)
+    return np.mean(values)
 
 
 def test_scores_are_their_definitions():
-    x, labels = torch.tensor([[0.], [1.], [2.], [10.], [11.], [13.]]), torch.tensor([0, 0, 0, 1, 1, 1])
-    expected = []
-    for i in range(6):
-        own = [abs(x[i] - x[j]).item() for j in range(6) if j != i and labels[j] == labels[i]]
-        other = [abs(x[i] - x[j]).item() for j in range(6) if labels[j] != labels[i]]
-        a, b = np.mean(own), np.mean(other)
-        expected.append((b - a) / max(a, b))
-    assert tsne_aug.silhouette(x, labels) == pytest.approx(np.mean(expected), abs=1e-6)
+    x = torch.tensor([[0.], [1.], [2.], [10.], [11.], [13.]])
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    expected = literal_silhouette(x, labels)
+    assert tsne_aug.silhouette(x, labels) == pytest.approx(expected, abs=1e-6)
     assert tsne_aug.agreement(x, labels, 2) == 100
-    assert tsne_aug.agreement(x, torch.tensor([0, 1, 0, 1, 0, 1]), 1) == pytest.approx(100 * 0 / 6)
+    assert tsne_aug.agreement(x, torch.tensor([0, 1, 0, 1, 0, 1]), 1) == 0
+    torch.manual_seed(0)
+    x, labels = torch.randn(40, 6), torch.arange(40) % 3
+    expected = literal_silhouette(x, labels)
+    assert tsne_aug.silhouette(x, labels) == pytest.approx(expected, abs=1e-6)
 
 
-# the scripts
+def test_the_silhouette_of_a_label_with_a_single_point_is_0():
+    x, labels = torch.tensor([[0.], [1.], [5.]]), torch.tensor([0, 0, 1])
+    assert tsne_aug.silhouette(x, labels) == pytest.approx((4 / 5 + 3 / 4 + 0) / 3)
+    assert tsne_aug.silhouette(x, labels) == pytest.approx(literal_silhouette(x, labels))
+    assert tsne_aug.silhouette(x, torch.arange(3)) == 0
+
+
+@pytest.mark.parametrize("n", [4, 40])          # cdist uses another algorithm above 25 points
+def test_the_silhouette_of_identical_points_is_0(n):
+    labels = torch.arange(n) % 2
+    assert tsne_aug.silhouette(torch.full((n, 3), .1), labels) == 0
+    # Identical points of two labels, and far away a third label, whose points are identical too.
+    x = torch.cat([torch.full((n, 3), .1), torch.full((2, 3), 9.)])
+    labels = torch.cat([labels, torch.tensor([2, 2])])
+    assert tsne_aug.silhouette(x, labels) == pytest.approx(2 / (n + 2))
+    assert tsne_aug.silhouette(x, labels) == pytest.approx(literal_silhouette(x, labels))
+
+
+# The scripts.
 
 SETTINGS = {"scale": "textures", "size": 32}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A project's folder with the checkpoints that the pictures take by default, untrained."""
+    """A folder with the runs, of untrained encoders, that both scripts read by default."""
     root = tmp_path_factory.mktemp("made")
-    for name, kind, dim in (("moco_v2-textures-table1", "mlp", 128), ("moco_v2-textures-table1a", "none", 128),
+    for name, kind, dim in (("moco_v2-textures-table1", "mlp", 128),
+                            ("moco_v2-textures-table1a", "none", 128),
                             ("linear_probe-textures-supervised", "none", 10)):
         save(root / f"runs/{name}", "resnet10", kind, dim, name.split("-")[0])
     return root
@@ -165,73 +295,153 @@ def made(tmp_path_factory):
 def save(folder, arch, kind, dim=128, script="moco_v2"):
     torch.manual_seed(0)
     f = resnet(arch)
-    settings = {"script": script, "arch": arch, "head": kind, "dim": dim, "scale": "textures", "size": 32}
+    settings = {"script": script, "arch": arch, "head": kind, "dim": dim, "scale": "textures",
+                "size": 32}
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"f": f.state_dict(), "g": head(kind, f.width, dim).state_dict(), "settings": settings},
-               folder / "checkpoint.pt")
+    content = {"f": f.state_dict(), "g": head(kind, f.width, dim).state_dict(),
+               "settings": settings}
+    torch.save(content, folder / "checkpoint.pt")
     return folder / "checkpoint.pt"
 
 
 def test_figure_2_and_figure_3_are_drawn_from_the_default_runs(made, inside):
     out = inside(dip_inversion, "--iterations", "3", cwd=made)
-    assert "12 panels of 32 pixels, 517615 weights each" in out and "hidden (the paper's z), MLP head: feature_error" in out
+    assert "12 panels of 32 pixels, 517615 weights each" in out
+    assert "hidden (the paper's z), with MLP head: feature error" in out
     found = json.loads((made / "runs/dip_inversion/figure2.json").read_text())
-    assert len(found["panels"]) == 3 and len(found["panels"][0]["psnr"]) == 4 and found["iterations"] == 3
-    assert all(math.isfinite(v) for p in found["panels"] for values in p.values() for v in values)
-    out = inside(tsne_aug, "--per-class", "6", "--perplexity", "8", "--compare", "runs/moco_v2-textures-table1/checkpoint.pt",
-                 cwd=made)
+    assert len(found["panels"]) == 3
+    assert len(found["panels"][0]["psnr"]) == 4
+    assert found["iterations"] == 3
+    for panel in found["panels"]:
+        assert panel.keys() == {"feature_error", "psnr", "colour_distance", "structure"}
+        assert all(math.isfinite(value) for values in panel.values() for value in values)
+    out = inside(tsne_aug, "--per-class", "6", "--perplexity", "8",
+                 "--compare", "runs/moco_v2-textures-table1/checkpoint.pt", cwd=made)
     assert out.count("silhouette") == 9
     rows = json.loads((made / "runs/tsne_aug/figure3.json").read_text())["rows"]
-    assert [len(r["panels"]) for r in rows] == [3, 3, 3] and rows[0]["what"].startswith("10 logits of a supervised model")
+    assert [len(row["panels"]) for row in rows] == [3, 3, 3]
+    assert rows[0]["what"].startswith("10 logits of a supervised model")
+    assert all(0 <= panel["agreement"][0] <= 100 for panel in rows[0]["panels"])
     for name in ("dip_inversion/figure2", "tsne_aug/figure3"):
         with Image.open(made / f"runs/{name}.png") as picture:
-            assert picture.size[0] > 900 and len(np.unique(np.asarray(picture).reshape(-1, 4), axis=0)) > 100
+            assert picture.size[0] > 900
+            assert len(np.unique(np.asarray(picture).reshape(-1, 4), axis=0)) > 100
+
+
+def test_figure_2_is_drawn_from_image_files_and_from_folders_without_test_images(
+        made, tmp_path, inside, small):
+    photos, classes = tmp_path / "photos", tmp_path / "classes"
+    photos.mkdir()
+    for name in ("one", "two"):
+        Image.fromarray(photo(np.random.default_rng(0), 40, 48)).save(photos / f"{name}.png")
+    classes.mkdir()
+    (classes / "train").symlink_to(small / "train")             # 44 images, no test images
+    given = ["--head", "runs/moco_v2-textures-table1/checkpoint.pt",
+             "--no-head", "runs/moco_v2-textures-table1a/checkpoint.pt", "--iterations", "1"]
+    for argv, names in [
+            (["--images", photos / "one.png", photos / "two.png"], ["one", "two"]),
+            ([photos], ["image 0", "image 1"]),
+            ([small], ["cat", "dog"]),
+            ([classes], ["image 0", "image 14", "image 28", "image 43"])]:
+        inside(dip_inversion, *given, "--out", tmp_path / "out", *argv, cwd=made)
+        assert json.loads((tmp_path / "out/figure2.json").read_text())["images"] == names
 
 
 def test_the_three_panels_show_the_same_images():
     torch.manual_seed(0)
     dataset = data.open_data()
     names, images, labels = tsne_aug.choose(dataset, 3, 4, 0)
-    assert [dataset.classes[i] for i in images.labels[::4]] == names and len(set(names)) == 3
+    assert [dataset.classes[i] for i in images.labels[::4]] == names
+    assert len(set(names)) == 3
     assert torch.equal(labels, torch.tensor([0] * 4 + [1] * 4 + [2] * 4))
     encoder = Encoder(resnet("resnet10"), head("none", 512, 10)).eval()
-    plain = tsne_aug.features(encoder, images, "no augmentation", SETTINGS, "z", torch.device("cpu"), 0, 0)
+    plain = tsne_aug.features((encoder, SETTINGS), "z", images, "no", 0, CPU)
     assert torch.allclose(plain, encoder((images.pixels / 255 - .5) / .17), atol=1e-4)
 
 
-def test_features_of_views_come_in_the_images_order():
-    """Of images of one grey each, of which every view has that grey."""
-    class Grey:
-        def embed(self, x, feature):
-            return x.mean((2, 3)) * .17 + .5
+class Grey(torch.nn.Module):
+    """An encoder whose feature is the mean colour of an image, in [0, 1]."""
+
+    def embed(self, x, feature):
+        return x.mean((2, 3)) * .17 + .5
+
+
+def test_features_of_views_come_in_the_order_of_the_images():
+    """For images that are grey all over, so every view has the grey of its image."""
     greys = torch.arange(0, 240, 12, dtype=torch.uint8)
     images = data.Images(pixels=greys.view(-1, 1, 1, 1).expand(-1, 3, 32, 32).contiguous())
-    found = tsne_aug.features(Grey(), images, "weak augmentation", SETTINGS, "h", torch.device("cpu"), 3, 0)
+    found = tsne_aug.features((Grey(), SETTINGS), "h", images, "weak", 3, CPU)
     assert (found * 255 - greys[:, None]).abs().max() < .01
 
 
-def test_bad_input_gets_one_line(made, tmp_path, inside, capsys):
+@pytest.mark.parametrize("augmentation", ["no", "weak"])
+@pytest.mark.parametrize("broken, replacement", [(50, 51), (119, 0)])
+def test_features_of_an_unreadable_image_are_those_of_the_next_one(
+        broken, replacement, augmentation, tmp_path, monkeypatch):
+    """No row is left out, and all others are those of their images."""
+    monkeypatch.setattr(data, "default_workers", lambda: 0)
+    greys = np.arange(120, dtype=np.uint8) * 2
+    for i, grey in enumerate(greys):
+        Image.fromarray(np.full((32, 32, 3), grey)).save(tmp_path / f"{i:03d}.png")
+    (tmp_path / f"{broken:03d}.png").write_text("not an image")
+    images = data.Images(files=image_files(tmp_path))
+    found = tsne_aug.features((Grey(), SETTINGS), "h", images, augmentation, 3, CPU)
+    greys[broken] = greys[replacement]
+    assert (found * 255 - torch.from_numpy(greys)[:, None]).abs().max() < .01
+
+
+def test_bad_input_gets_one_line(made, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     for name in ("small.png", "photos/one.png"):
         Image.fromarray(photo(np.random.default_rng(0), 20, 40)).save(tmp_path / name)
-    (tmp_path / "text.png").write_text("no image")
-    none, wide = "runs/moco_v2-textures-table1a/checkpoint.pt", save(tmp_path / "wide", "resnet50", "mlp")
-    given = ("--head", "runs/moco_v2-textures-table1/checkpoint.pt", "--no-head", none)
+    (tmp_path / "text.png").write_text("not an image")
+    wide = save(tmp_path / "wide", "resnet50", "mlp")
+    none = "runs/moco_v2-textures-table1a/checkpoint.pt"
+    mlp = "runs/moco_v2-textures-table1/checkpoint.pt"
+    given = ("--head", mlp, "--no-head", none)
+    monkeypatch.chdir(made)
     for script, argv, line in [
             (dip_inversion, ["--no-head", "gone.pt"], "python moco_v2.py [DATA] --preset table1a"),
-            (dip_inversion, [*given, "--images", tmp_path / "text.png"], "cannot be read as an image"),
-            (dip_inversion, [*given, "--images", tmp_path / "small.png"], "40 x 20 pixels; these encoders take 32"),
+            (dip_inversion, [*given, "--images", tmp_path / "text.png"],
+             "cannot be read as an image"),
+            (dip_inversion, [*given, "--images", tmp_path / "small.png"],
+             "40 x 20 pixels; expected 32 or more"),
             (dip_inversion, ["--head", wide], "h has 512 and 2048 dimensions"),
-            (dip_inversion, ["--head", none], "--head: the head of this encoder is `none`; expected one with a hidden layer"),
-            (dip_inversion, ["--no-head", "runs/moco_v2-textures-table1/checkpoint.pt"], "expected one without hidden layer"),
+            (dip_inversion, ["--head", none], f"--head {none}: a hidden layer is needed"),
+            (dip_inversion, ["--no-head", mlp], f"--no-head {mlp}: no hidden layer is expected"),
+            (dip_inversion, ["--iterations", "0"], "argument --iterations: 0: expected"),
+            (dip_inversion, ["--seed", "-1"], "argument --seed: -1: expected"),
             (tsne_aug, ["--encoder", none], "a run of moco_v2.py, which has no classes"),
-            (dip_inversion, ["--iterations", "0"], "--iterations 0"),
             (tsne_aug, ["--per-class", "2000"], "has 1000 training images"),
             (tsne_aug, [tmp_path / "photos"], "labels are needed"),
-            (tsne_aug, ["--classes", "11"], "--classes 11: expected 2 to 10"),
+            (tsne_aug, ["--classes", "11"], "argument --classes: invalid choice: 11"),
             (tsne_aug, ["--perplexity", "300"], "below a third of the 640 points"),
             (tsne_aug, ["--encoder", "gone.pt"], "gone.pt: no such file")]:
-        with pytest.raises(SystemExit) as error:
-            inside(script, *argv, cwd=made)
-        message = str(error.value) if error.value.code not in (0, 2) else capsys.readouterr().err
-        assert error.value.code not in (0, None) and line in message and len(message.strip().splitlines()) == 1, message
+        assert line in refused(script, *argv)
+    monkeypatch.chdir(tmp_path)
+    assert "python linear_probe.py [DATA] --train all" in refused(tsne_aug)
+    with pytest.raises(UserError):              # not SystemExit, which a notebook cannot catch
+        tsne_aug.main([])
+    with pytest.raises(UserError):
+        dip_inversion.main([])
+
+
+@pytest.mark.parametrize("script, advice", [("dip_inversion.py", "fewer --images"),
+                                            ("tsne_aug.py", "a smaller --per-class")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_out_of_memory_advice_fits_the_script_and_does_not_promise_to_continue(
+        script, advice, error, monkeypatch, capsys):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr("common.data.open_data", full)
+    monkeypatch.setattr("common.data.open_labelled", full)
+    monkeypatch.setattr("sys.argv", [script])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    text = capsys.readouterr().err
+    assert end.value.code == 1
+    assert advice in text
+    assert len(text.splitlines()) == 1
+    for promise in ("--batch-size", "same command", "go on", "goes on", "continue"):
+        assert promise not in text

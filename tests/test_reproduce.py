@@ -1,14 +1,17 @@
-"""The table of items against the scripts' flags; the rule for claims; what is written from the runs that there are."""
+"""Cells and commands of the paper's items; the rule for claims; results/README.md; Figure 5."""
 
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import refused, run, signal_handlers_restored
 from PIL import Image
+from scipy import stats
 
 import dip_inversion
 import instdisc
@@ -16,180 +19,380 @@ import linear_probe
 import moco_v2
 import simclr
 import tsne_aug
-from results import claims, readme, reproduce
+from common import UserError, train
+from reproduce import __main__ as reproduce
+from reproduce import claims, figure5, plan, report
 
-SCRIPTS = {f"{m.__name__}.py": m for m in (dip_inversion, instdisc, linear_probe, moco_v2, simclr, tsne_aug)}
+SCALES = ["imagenet", "cifar10", "textures"]
+TABLES = [item for item in plan.ROWS if item not in plan.PICTURES]
+SCRIPTS = {f"{m.__name__}.py": m
+           for m in (dip_inversion, instdisc, linear_probe, moco_v2, simclr, tsne_aug)}
+SCRIPTS["reproduce.figure5"] = figure5
 
 
-def test_every_command_is_printed_and_parses(capsys, monkeypatch):
-    """At all three scales, also as torchrun's; nothing runs."""
+def call(*argv):
+    with signal_handlers_restored():
+        return reproduce.main(list(argv))
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_every_command_is_printed_and_parses(capsys, monkeypatch, gpus):
+    """At all three scales, with torchrun where there are GPUs; nothing runs."""
     monkeypatch.setattr(reproduce.subprocess, "run", None)
-    monkeypatch.setattr(reproduce.train, "_good_at_bf16", lambda: True)
-    for gpus in (0, 8):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        reproduce.main(["all", "--dry-run", "--seeds", "0", "1"])
-        lines, outs = capsys.readouterr().out.splitlines(), []
-        for line in lines:
-            if not line.startswith("#"):
-                assert line.startswith("torchrun --standalone --nproc_per_node=8" if gpus else "python")
-                name, argv = re.search(r"(\w+\.py) (.*)", line).groups()
-                args = SCRIPTS[name].parse_args(shlex.split(argv))
-                outs.append(getattr(args, "out", None))
-        trained = [out for out in outs if out]
-        assert len(trained) == len(set(trained)) == sum(int(line.split()[3]) for line in lines if line.startswith("#")) > 200
+    monkeypatch.setattr(train, "has_bf16", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    call("all", "--dry-run", "--seeds", "0", "1")
+    lines, trained, drawn = capsys.readouterr().out.splitlines(), [], 0
+    for line in lines:
+        if line.startswith("#"):
+            continue
+        name, argv = re.search(r"(\w+\.py|reproduce\.figure5) (.*)", line).groups()
+        args = SCRIPTS[name].flags().parse_args(shlex.split(argv))
+        if name in ("dip_inversion.py", "tsne_aug.py", "reproduce.figure5"):
+            assert line.startswith("python ")                   # in one process
+            drawn += 1
+            continue
+        assert line.startswith("torchrun --standalone --nproc_per_node=8 " if gpus else "python ")
+        trained += [args.out] if args.out else []
+    counts = [int(line.split()[3]) for line in lines if line.startswith("#")]
+    assert len(trained) == len(set(trained)) == sum(counts) > 200 and drawn == 9
 
 
 def test_cells_are_the_papers_and_one_setting_is_one_run():
-    runs, names = reproduce.plan(reproduce.CLAIMED, "imagenet", [0])
-    one = {names["table1", "MoCo v2", "MoCo v2"][0], names["table2a", "20 % to 100 %", "MoCo v2"][0],
-           names["table2b", "1/2", "MoCo v2"][0]}
+    names = plan.names("imagenet")
+    one = {names["table1", "MoCo v2", "MoCo v2"][0], names["table2b", "1/2", "MoCo v2"][0],
+           names["table2a", "20 % to 100 %", "MoCo v2"][0]}
     assert len(one) == 1
     assert names["table3", "MoCo v2", "K = 65536"] == names["figure4", "MoCo v2", "K = 65536"]
     # 100 and 200 epochs
-    assert names["table1", "(a) without head", "MoCo v2"] != names["table3", "(a) no MLP", "K = 65536"]
-    assert reproduce.cells("table3", "imagenet")["(d) m = .5", "K = 512"][2] == 59.8
-    assert reproduce.cells("table2a", "imagenet")["2 % to 10 %", "supervised"][2] == 52.0
-    _, flags, _ = reproduce.cells("figure4", "imagenet")["SimCLR", "K = 65536"]
-    assert flags[-4:] == ["--batch-size", "32768", "--chunk", "4096"] and len(reproduce.cells("figure4", "cifar10")) == 30
-    # at cifar10, where the baseline has no blur, (b) is the baseline
-    _, names = reproduce.plan(["table3"], "cifar10", [0])
+    assert names["table1", "(a) without head", "MoCo v2"] != \
+        names["table3", "(a) no MLP", "K = 65536"]
+    assert plan.cells("table3", "imagenet")["(d) m = .5", "K = 512"].paper == 59.8
+    assert plan.cells("table2a", "imagenet")["2 % to 10 %", "supervised"].paper == 52.0
+    flags = plan.cells("figure4", "imagenet")["SimCLR", "K = 65536"].flags
+    assert flags[-4:] == ["--batch-size", "32768", "--chunk", "2048"]
+    assert len(plan.cells("figure4", "cifar10")) == 30
+    # On small images, where the baseline has no blur, row (b) is the baseline.
+    names = plan.names("cifar10")
     assert names["table3", "(b) no blur", "K = 64"] == names["table3", "MoCo v2", "K = 64"]
+    # Supervised rows differ from MoCo's in nothing but supervision: no blur there either.
+    for scale in SCALES:
+        [row] = [plan.cells("table2a", scale)["2 % to 10 %", "supervised"]]
+        supervised, contrastive = (
+            json.loads(plan.settings(cell.script, cell.flags, scale))
+            for cell in (row, plan.cells("table2a", scale)["2 % to 10 %", "MoCo v2"]))
+        for name in ("stack", "crop", "jitter", "blur", "arch", "size"):
+            assert supervised[name] == contrastive[name], (scale, name)
+
+
+def test_every_row_has_the_papers_number_of_its_column():
+    """Against the numbers as the paper prints them, table by table."""
+    printed = {"table1": [64.4, 59.2, 62.9, 63.9, 62.2],
+               "table2a": [64.4, 75.5, 63.7, 74.8, 47.1, 52.0],
+               "table2b": [63.1, 75.8, 63.9, 75.7, 64.2, 75.6, 64.3, 74.6],
+               "table3": [67.3, 67.5, 61.7, 63.6, 65.5, 66.4, 67.2, 67.3, 59.8, 64.5]}
+    for item, numbers in printed.items():
+        for scale in SCALES:
+            assert [cell.paper for cell in plan.cells(item, scale).values()] == numbers
 
 
 def test_the_rule_for_claims():
     sd, df = claims.pooled([[60., 61.], [70., 71.], []])
     assert sd == pytest.approx(np.sqrt(.5)) and df == 2
-    half = 4.3027 * sd                                          # t of 95 % with 2 degrees of freedom, 1/2 + 1/2
+    half = 4.3027 * sd                          # t of 95 % with 2 degrees of freedom, 1/2 + 1/2
     value, found, verdict = claims.judge("positive", (1, -1), ([70., 71.], [60., 61.]), sd, df)
     assert value == 10 and found == pytest.approx(half, rel=1e-4) and verdict == "shown"
-    assert claims.judge("positive", (-1, 1), ([70., 71.], [60., 61.]), sd, df)[2] == "contradicted"
-    assert claims.judge("positive", (1, -1), ([61., 62.], [60., 61.]), sd, df)[2] == "not resolved"
-    assert claims.judge("zero", (1, -1), ([60., 60.2], [60., 60.1]), .1, 20)[2] == "shown"
-    assert claims.judge("zero", (1, -1), ([65., 65.2], [60., 60.1]), .1, 20)[2] == "contradicted"
-    assert claims.judge("zero", (1, -1), ([60., 60.2], [60., 60.1]), 3., 2)[2] == "not resolved"
-    assert claims.judge("not above", (1, -1), ([50., 50.2], [60., 60.1]), .1, 20)[2] == "shown"
-    assert claims.judge("not above", (1, -1), ([65., 65.2], [60., 60.1]), .1, 20)[2] == "contradicted"
-    assert claims.judge("large", (1, -1), ([65., 65.2], [60., 60.1]), .1, 20)[2] == "contradicted"
-    assert claims.judge("large", (1, -1), ([75., 75.2], [60., 60.1]), .1, 20)[2] == "shown"
-    # the same differences in every pair, however far the pairs lie apart
-    assert claims.judge("positive", *claims.paired((1, -1), ([60., 80.], [58., 78.1])))[2] == "shown"
-    assert claims.judge("positive", (1, -1), ([60.], []), 3., 2)[2] == "not run"
-    assert claims.judge("positive", (1, -1), ([61.], [60.]), None, 0)[2] == "not resolved (one seed)"
+
+    def judge(kind, a, b, sd, df, signs=(1, -1)):
+        return claims.judge(kind, signs, (a, b), sd, df)[2]
+    assert judge("positive", [70., 71.], [60., 61.], sd, df, (-1, 1)) == "contradicted"
+    assert judge("positive", [61., 62.], [60., 61.], sd, df) == "not resolved"
+    assert judge("zero", [60., 60.2], [60., 60.1], .1, 20) == "shown"
+    assert judge("zero", [65., 65.2], [60., 60.1], .1, 20) == "contradicted"
+    assert judge("zero", [60., 60.2], [60., 60.1], 3., 2) == "not resolved"
+    assert judge("not above", [50., 50.2], [60., 60.1], .1, 20) == "shown"
+    assert judge("not above", [65., 65.2], [60., 60.1], .1, 20) == "contradicted"
+    assert judge("large", [65., 65.2], [60., 60.1], .1, 20) == "contradicted"
+    assert judge("large", [75., 75.2], [60., 60.1], .1, 20) == "shown"
+    assert judge("positive", [60.], [], 3., 2) == "not run"
+    assert judge("positive", [61.], [60.], None, 0) == "not resolved (one seed)"
+    # The same differences in every pair, however far the pairs lie apart.
+    pairs = claims.paired((1, -1), ([60., 80.], [58., 78.1]))
+    assert claims.judge("positive", *pairs)[2] == "shown"
 
 
-@pytest.mark.parametrize("scale", ["imagenet", "cifar10", "textures"])
-def test_tables_and_figure_4_are_written_from_the_runs_that_there_are(tmp_path, monkeypatch, scale):
-    """Every claim finds its cells at every scale, and with all of them run there is a verdict for each."""
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    runs, names = reproduce.plan(reproduce.CLAIMED, scale, [0, 1])
-    reproduce.write(reproduce.CLAIMED, runs, names, scale, "here")
-    out = tmp_path / "results/here"
-    no_blur = scale != "imagenet"                               # there the row changes nothing
-    assert (out / "claims.md").read_text().count("| not run |") == 21 - no_blur + 3 + 3
-    assert "± " not in (out / "table1.md").read_text()
-    left = re.findall(r"Not run: `(?:python|torchrun .*) \w+\.py (.*)`", (out / "table1.md").read_text())
-    assert len(left) == 10 and "--preset table1c --seed 1 --out runs/reproduce/here/moco_v2-table1c-seed1" in " ".join(left)
+def test_intervals_of_90_percent_belong_to_the_kinds_with_a_margin():
+    for kind, level in (("positive", .95), ("large", .95), ("zero", .9), ("not above", .9)):
+        half = claims.judge(kind, (1, -1), ([60., 61.], [60., 61.]), 1., 7)[1]
+        assert half == pytest.approx(stats.t.interval(level, 7)[1])
+
+
+def one_run(scale, top1, **features):
+    """A run as `execute` keeps it, without what the report does not read."""
+    return {"top1": top1, "features": {"h": top1, **features}, "flags": [], "minutes": 30.,
+            "settings": {"scale": scale}, "device": "a computer", "torch": "2.0", "commit": "abc"}
+
+
+def keep(place, name, run):
+    path = place.run_file(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_tables_claims_and_figure_4_are_written_from_the_runs_that_there_are(
+        tmp_path, monkeypatch, capsys, scale):
+    """Every claim finds its cells at every scale; with all of them run, each has a verdict."""
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    place = plan.Place("here", scale)
+    runs = plan.runs(TABLES, place, [0, 1])
+    report.write(TABLES, place)
+    no_blur = scale != "imagenet"               # there, the row changes nothing
+    lines = claims.table(report.results(place), scale, place.folder)
+    assert "\n".join(lines).count("| not run |") == 21 - no_blur + 3 + 3
+    assert "± " not in capsys.readouterr().out
+    text = (tmp_path / "results/README.md").read_text()
+    assert f"ITEM\nis one of {', '.join(plan.ROWS)}, or all." in text
+    assert "| (c) more hidden layers | not run | 63.9 |" in text and "n = " not in text
     rng = np.random.default_rng(0)
-    (out / "runs").mkdir()
     for i, name in enumerate(runs):
         top1 = 50 + i // 2 + rng.normal(0, .1)
-        features = {"h": top1, "hidden": top1 - 20, "z": top1 - 10}
-        (out / f"runs/{name}.json").write_text(json.dumps({"top1": top1, "features": features}))
-    reproduce.write(reproduce.CLAIMED, runs, names, scale, "here")
-    table = (out / "table1.md").read_text()
-    assert re.search(r"\| \(a\) without head \| 51\.\d\d ± 0\.\d\d \(\+[01]\.\d\d\), n = 2 \| 59\.2 \|", table), table
-    assert "Not run" not in table and re.search(r"hidden .*-20.00.*\| +\|", (out / "section3.md").read_text())
-    assert ("n/a" in (out / "table3.md").read_text()) == no_blur
-    assert ("the paper's, K = 512" in (out / "table3.md").read_text()) == no_blur
-    text = (out / "claims.md").read_text()
-    assert text.count("| not run |") == 3 + 3 and "contradicted" in text and "n = 2/2" in text
-    assert re.search(r"a fixed random head beats none .* \+\d", text)
-    with Image.open(out / "figure4.png") as picture:
+        keep(place, name, one_run(scale, top1, hidden=top1 - 20, z=top1 - 10))
+    report.write(TABLES, place)
+    text = (tmp_path / "results/README.md").read_text()
+    start = text.index(": results/here")
+    text = text[start:text.index("\n## ", start)] if "\n## " in text[start:] else text[start:]
+    row = r"\| \(a\) without head \| 51\.\d\d ± 0\.\d\d \(\+[01]\.\d\d\), n = 2 \| 59\.2 \|"
+    assert re.search(row, text), text
+    assert re.search(r"\| hidden .*-20.00.*\| +\|", text)
+    assert ("n/a (equals the first row)" in text) == no_blur
+    assert ("the paper, K = 512" in text) == no_blur
+    assert "| not run |" not in text
+    assert f"{len(runs)} runs, {len(runs) / 2:.1f} hours of training; on a computer; " in text
+    judged = (place.folder / "claims.md").read_text()
+    assert judged.count("| not run |") == 3 + 3 and "contradicted" in judged
+    assert "n = 2/2" in judged and re.search(r"a fixed random head beats none .* \| \+3.7 \|",
+                                             judged)
+    # The README has those that were run.
+    claimed = [line for line in judged.splitlines() if line.startswith("|")]
+    assert sum(line in text for line in claimed) == 2 + 21
+    with Image.open(place.folder / "figure4.png") as picture:
         assert picture.size[0] > 700
 
 
-def test_a_run_is_kept_once_and_a_failed_one_is_named(tmp_path, monkeypatch, capsys):
-    """By a script that stands in for training: its files are those of a run."""
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    (tmp_path / "moco_v2.py").write_text(
-        "import json, sys, pathlib\n"
-        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
-        "if 'table1c' in sys.argv: print('lost'); sys.exit(1)\n"
-        "start = dict(event='start', time=0, settings={}, device='', processes=1, threads=1, torch='', python='', commit='')\n"
-        "log = [start, dict(event='step', time=60), dict(event='start', time=900), dict(event='step', time=930)]\n"
-        "(out / 'log.jsonl').write_text(''.join(json.dumps(e) + '\\n' for e in log) + '{cut')\n"
-        "(out / 'probe').mkdir(exist_ok=True)\n")
-    (tmp_path / "linear_probe.py").write_text(
-        "import json, sys, pathlib\n"
-        "out = pathlib.Path(sys.argv[sys.argv.index('--encoder') + 1]).parent\n"
-        "with open('calls', 'a') as f: f.write('x')\n"
-        "feature = sys.argv[sys.argv.index('--feature') + 1] if '--feature' in sys.argv else 'h'\n"
-        "(out / f'probe/quick-{feature}.json').write_text(json.dumps(dict(top1=70.5 - len(feature), knn=60.)))\n")
+def test_readme_cells_are_the_runs_of_their_setting(tmp_path, monkeypatch):
+    """One run under two names; Table 3's columns are each scale's; a row that changes nothing has
+    no number of its own."""
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    imagenet, textures = (plan.Place(scale, scale) for scale in ("imagenet", "textures"))
+    short = plan.Place("short", "cifar10")
+    keep(imagenet, "moco_v2-table1-seed0", one_run("imagenet", 60., hidden=1., z=2.))
+    keep(imagenet, "moco_v2-table1-seed1", one_run("imagenet", 62., hidden=1., z=2.))
+    keep(textures, "moco_v2-table1a-seed0", one_run("textures", 70.))
+    for seed, top1 in ((10, 50.), (2, 52.)):
+        added = {"flags": ["--epochs", "2"]}
+        keep(short, f"moco_v2-table1a-seed{seed}", {**one_run("cifar10", top1), **added})
+    text = report.pages()[tmp_path / "results/README.md"]
+    _, *split = re.split("^## .*: results/(.*)$", text, flags=re.M)
+    parts = dict(zip(split[::2], split[1::2]))
+    assert list(parts) == ["imagenet", "cifar10", "short", "textures"]
+    assert "| 1/2 | 61.00 ± 1.41, n = 2 | 64.2 | not run | 75.6 |" in parts["imagenet"]
+    assert "| (a) no MLP | not run | 61.7 | 70.00, n = 1 | 63.6 |" in parts["textures"]
+    assert "| (b) no blur | n/a (equals the first row) |" in parts["textures"]
+    assert "| (a) without head | 51.00 ± 1.41, n = 2 | 59.2 |" in parts["short"]
+    assert "What is not shown was not run; `python -m reproduce ITEM CIFAR10 --as short --flags " \
+        "'--epochs 2'` runs it." in parts["short"]
+    assert "`python -m reproduce ITEM` runs it." in parts["textures"]
+    assert "No runs are kept here" in parts["cifar10"] and "| MoCo v2" not in parts["cifar10"]
+    assert "Table 2" in parts["imagenet"] and "Table 2" not in parts["short"]
+    found = report.results(short)["table1", "(a) without head", "MoCo v2"]
+    assert found == [52., 50.]                                  # in order of seeds
+
+
+def test_pictures_are_judged_and_shown_if_they_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    place = plan.Place("textures", "textures")
+    keep(place, "moco_v2-table1-seed0", one_run("textures", 60., hidden=1., z=1.))
+    panels = [{"structure": values} for values in ([.1, .2, .1], [.5, .6, .5], [.9, .9, .8])]
+    (place.folder / "figure2.json").write_text(json.dumps({"panels": panels}))
+    panels = [{"agreement": values} for values in ([90., 9.], [80., 9.], [70., 9.])]
+    (place.folder / "figure3.json").write_text(json.dumps({"rows": [{"panels": panels}]}))
+    (place.folder / "figure2.png").write_text("")
+    text = report.pages()[tmp_path / "results/README.md"]
+    assert "structure 0.53 against 0.13, n = 3 | shown |" in text
+    assert "structure 0.53 against 0.87, n = 3 | contradicted |" in text
+    assert "agreement 90.00 against 70.00, n = 1 | not resolved (one picture) |" in text
+    assert "(textures/figure2.png)" in text and "figure3.png" not in text
+
+
+def test_results_readme_is_what_the_runs_say():
+    for path, text in report.pages().items():
+        assert path.read_text() == text, f"{path}: python -m reproduce table1 --collect"
+
+
+TRAINING = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+if "table1c" in sys.argv:
+    print("lost")
+    sys.exit(1)
+start = dict(event="start", step=0, time=0, settings=dict(scale="textures", data="/a"), device="",
+             processes=1, threads=1, torch="", python="", commit="")
+log = [start, dict(event="step", step=50, time=60), dict(start, step=50, time=900),
+       dict(event="step", step=60, time=930)]
+(out / "log.jsonl").write_text("".join(json.dumps(entry) + "\\n" for entry in log) + "{cut")
+(out / "probe").mkdir(exist_ok=True)
+"""
+PROBE = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--encoder") + 1]).parent
+with open("calls", "a") as file:
+    file.write("x")
+feature = sys.argv[sys.argv.index("--feature") + 1]
+result = dict(top1=70.5 - len(feature), knn=60.)
+(out / f"probe/quick-{feature}.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A root in which scripts stand in for training and probing: their files are those of a run."""
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    (tmp_path / "moco_v2.py").write_text(TRAINING)
+    (tmp_path / "linear_probe.py").write_text(PROBE)
+    return tmp_path
+
+
+def test_a_run_is_kept_once_and_a_failed_one_is_named(fake, capsys):
     for _ in range(2):
-        with pytest.raises(SystemExit) as error:
-            reproduce.main(["table1", "--jobs", "2"])
+        assert call("table1", "--jobs", "2") == 1
         out = capsys.readouterr().out
-        assert error.value.code == 1 and "failed: moco_v2-table1c-seed0, see" in out
-        assert "| (c) more hidden layers | not run" in out
+        assert "failed: moco_v2-table1c-seed0, see" in out
+        assert "| (c) more hidden layers | not run |" in out
         assert "| (d) narrow | 69.50 (+0.00), n = 1 | 62.2 |" in out
-        assert "Not run: `python moco_v2.py --preset table1c --seed 0 --out" in out
-    assert "there already" in out and (tmp_path / "calls").read_text() == "xxxxxx"       # the baseline is probed on z too
-    kept = json.loads((tmp_path / "results/textures/runs/moco_v2-table1a-seed0.json").read_text())
-    assert kept["commands"][0].startswith("python moco_v2.py --preset table1a --seed 0 --out runs/reproduce/textures/")
+    assert "4 of 5 runs are there already" in out
+    assert "| (c) more hidden layers | not run |" in (fake / "results/README.md").read_text()
+    assert (fake / "calls").read_text() == "xxxxxx"             # the baseline: h, hidden and z
+    kept = json.loads((fake / "results/textures/runs/moco_v2-table1a-seed0.json").read_text())
+    assert kept["commands"][0].startswith(
+        "python moco_v2.py --preset table1a --seed 0 --out runs/reproduce/textures/")
     assert kept["data"].startswith("embedded textures") and kept["minutes"] == 1.5
-    reproduce.main(["section3", "--collect"])
+    assert kept["settings"] == {"scale": "textures"} and kept["protocol"] == "quick probe"
+    assert call("section3", "--collect") == 0
     assert "| hidden | 64.50 (-5.00), n = 1 |" in capsys.readouterr().out
-    for argv, line in ((["table1", "--flags", "--epochs 2"], "name a folder for them with --as"),
-                       (["table1", "--jobs", "0"], "--jobs 0: expected 1"),
-                       (["table1", "--seeds", "0", "0"], "--seeds 0 0: expected different ones"),
-                       (["table1", "--seeds", "-1"], "--seeds -1: expected"),
-                       (["table1", "--flags", "--epochs 2", "--as", "textures"], "is for that scale's own runs")):
-        with pytest.raises(SystemExit):
-            reproduce.main(argv)
-        assert line in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        reproduce.main(["table1", "--flags", "--epochs 2", "--as", "short"])
-    assert "--preset table1 --epochs 2 --seed 0 --out runs/reproduce/short/" in json.loads(
-        (tmp_path / "results/short/runs/moco_v2-table1-seed0.json").read_text())["commands"][0]
-    with pytest.raises(SystemExit, match="holds runs of other flags .*--epochs.*, not of"):
-        reproduce.main(["table1", "--flags", "--epochs 3", "--as", "short"])
-    (tmp_path / "moco_v2.py").write_text("raise SystemExit(75)")
-    with pytest.raises(SystemExit) as error:
-        reproduce.main(["table2a"])
-    assert error.value.code == 75 and "stopped; the same command goes on" in capsys.readouterr().out
-    reproduce.stopped.clear()
-    (tmp_path / "results/textures/runs/other.json").write_text(json.dumps({"data": "photographs"}))
-    with pytest.raises(SystemExit, match="holds runs of other data .photographs., not of embedded textures"):
-        reproduce.main(["table1"])
-    assert "lost" in (tmp_path / "runs/reproduce/textures/moco_v2-table1c-seed0/output.txt").read_text()
+    output = fake / "runs/reproduce/textures/moco_v2-table1c-seed0/output.txt"
+    assert "lost" in output.read_text()
+
+
+def test_bad_flags_get_one_line(fake):
+    flags = ["table1", "--flags", "--epochs 2"]
+    for argv, line in ((flags, "name another folder for them with --as"),
+                       ([*flags, "--as", "textures"], "name another folder for them with --as"),
+                       (["table1", "--jobs", "0"], "--jobs: 0: expected a whole number, 1 or more"),
+                       (["table1", "--seeds", "0", "0"], "expected different ones"),
+                       (["table1", "--seeds", "-1"], "--seeds: -1: expected a whole number, 0"),
+                       (["table1", fake / "none"], "no such folder"),
+                       (["table4"], "invalid choice")):
+        assert line in refused(reproduce, *argv)
+
+
+def test_runs_with_other_flags_or_data_are_kept_apart(fake):
+    assert call("table1", "--flags", "--epochs 2", "--as", "short") == 1        # (c) fails
+    kept = json.loads((fake / "results/short/runs/moco_v2-table1-seed0.json").read_text())
+    assert "--preset table1 --epochs 2 --seed 0 --out runs/reproduce/short/" in kept["commands"][0]
+    with pytest.raises(UserError, match="holds runs with other flags .*--epochs.*, not "):
+        call("table1", "--flags", "--epochs 3", "--as", "short")
+    keep(plan.Place("textures", "textures"), "other", {"data": "photographs"})
+    with pytest.raises(UserError, match="runs with other data .photographs., not embedded tex"):
+        call("table1")
+
+
+def test_a_stopped_run_ends_with_exit_code_75_and_continues(fake, capsys):
+    (fake / "moco_v2.py").write_text("raise SystemExit(75)")
+    assert call("table2a") == 75
+    assert "stopped; the same command continues" in capsys.readouterr().out
+    assert not (fake / "results/textures/runs").exists()
+    (fake / "moco_v2.py").write_text(TRAINING)
+    failing = "import sys\nif '--train' in sys.argv:\n    sys.exit(1)\n"
+    (fake / "linear_probe.py").write_text(failing + PROBE)
+    assert call("table2a") == 1                                 # the supervised rows fail
+    assert len(list((fake / "results/textures/runs").glob("moco_v2-*"))) == 3
+
+
+ORPHAN = """
+import fcntl, sys, time
+with open(sys.argv[1], "a") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("locked", flush=True)
+    time.sleep(1)
+    file.write("first\\n")
+"""
+
+
+def test_a_command_that_is_still_running_is_waited_for(tmp_path):
+    """It was started by a process that has been killed since, and holds the lock on its output."""
+    log = tmp_path / "output.txt"
+    with subprocess.Popen([sys.executable, "-c", ORPHAN, log], stdout=subprocess.PIPE) as orphan:
+        assert orphan.stdout.readline() == b"locked\n"
+        assert reproduce.call(["python", "-c", "print('second')"], log) == 0
+    assert log.read_text() == "first\nsecond\n"
+
+
+def test_supervised_runs_and_the_papers_protocol_are_read_where_they_are(fake, tmp_path):
+    """linear_probe.py writes result.json: in the run's folder, in probe/ or in probe-FEATURE/."""
+    for script, flags, scale, feature, path in (
+            ("linear_probe", ["--train", "all"], "textures", "h", "result.json"),
+            ("moco_v2", ["--preset", "table1"], "imagenet", "h", "probe/result.json"),
+            ("moco_v2", ["--preset", "table1"], "imagenet", "z", "probe-z/result.json"),
+            ("moco_v2", ["--preset", "table1"], "cifar10", "z", "probe/quick-z.json")):
+        assert plan.probes(script, flags, scale)[feature] == path
+    place = plan.Place("imagenet", "imagenet", "IMAGENET")
+    commands = plan.commands("a", "moco_v2", ["--preset", "table1b"], place)
+    assert "--quick" not in commands[1] and len(commands) == 2
+    assert len(plan.commands("a", "linear_probe", ["--train", "all"], place)) == 1
 
 
 def test_added_flags_do_not_undo_what_a_cell_is():
-    """A point of Figure 4 keeps its K or its batch; a flag need be known only to the scripts that the item runs."""
-    runs, names = reproduce.plan(["figure4"], "textures", [0], ["--batch-size", "32"])
-    sizes = {simclr.parse_args(flags).batch_size for script, flags in runs.values() if script == "simclr"}
-    assert len(names["figure4", "SimCLR", "K = 16"]) == 1 and sizes == {16, 64, 512}
-    assert reproduce.plan(["table1"], "textures", [0], ["--K", "20"])[0]
+    """A point of Figure 4 keeps its K or batch size; only scripts that run need know a flag."""
+    place = plan.Place("here", "textures", flags=["--batch-size", "32"])
+    runs = plan.runs(["figure4"], place, [0])
+    sizes = {simclr.flags().parse_args(flags).batch_size
+             for script, flags in runs.values() if script == "simclr"}
+    assert sizes == {16, 64, 512}
+    assert {moco_v2.flags().parse_args(flags).batch_size
+            for script, flags in runs.values() if script == "moco_v2"} == {32}
+    assert plan.runs(["table1"], plan.Place("here", "textures", flags=["--K", "20"]), [0])
 
 
-def test_the_readme_says_what_was_run():
-    text = (ROOT / "README.md").read_text()
-    assert readme.fill(text) == text, "python results/readme.py"
-    line = "| Table 3, MoCo v2, K = 65536 | `python moco_v2.py IMAGENET --preset table3 --K 65536` | 67.5 |"
-    assert readme.fill(line) == readme.fill(f"{line} 99.9 | | |") != line
+# Figure 5
+
+HARD = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--epochs", "3", "--K", "20",
+        "--negatives", "hard")
 
 
-def test_readme_cells_are_the_runs_of_their_setting(tmp_path, monkeypatch):
-    """One run under two names; Table 3's columns are each scale's; a row that changes nothing has no number of its own."""
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    for place, name, top1 in (("imagenet", "moco_v2-table1-seed0", 60.), ("imagenet", "moco_v2-table1-seed1", 62.),
-                              ("textures", "moco_v2-table1a-seed0", 70.)):
-        (tmp_path / f"results/{place}/runs").mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"results/{place}/runs/{name}.json").write_text(json.dumps({"top1": top1}))
-    assert readme.ours("moco_v2", ["--preset", "table2b-half"]) == ["61.00 ± 1.41, n = 2", "not run", "not run"]
-    assert readme.ours("moco_v2", ["--preset", "table3a", "--K", "65536"])[2] == "70.00, n = 1"
-    assert readme.ours("moco_v2", ["--preset", "table3b", "--K", "512"])[2] == "n/a"
-    (tmp_path / "results/a.md").write_text("# a\n\n| x |\n|---|\nNot run: y\n")
-    block = "<!-- results/a.md -->\nold\n<!-- end -->\n"
-    assert readme.fill(block) == "<!-- results/a.md -->\n| x |\n|---|\n<!-- end -->\n"
+@pytest.mark.parametrize("torchrun", [0, 2])
+def test_figure_5_is_drawn_from_a_finished_run(small, tmp_path, torchrun):
+    """Also from a run of two processes, which draw nothing themselves."""
+    run("moco_v2.py", small, *HARD, "--out", "out", cwd=tmp_path, torchrun=torchrun,
+        OMP_NUM_THREADS="1")
+    assert not (tmp_path / "out/figure5.png").exists()
+    figure5.main([str(tmp_path / "out/checkpoint.pt"), str(small)])
+    with Image.open(tmp_path / "out/figure5.png") as picture:
+        assert picture.size[0] > 1000 and len(np.unique(np.asarray(picture))) > 50
+
+
+def test_figure_5_labels_slots_without_an_image_and_refuses_other_runs(small, tmp_path, inside):
+    one = [small, *HARD, "--max-steps", "1"]
+    inside(moco_v2, *one, "--out", "out", cwd=tmp_path)
+    panels = figure5.chosen(*figure5.read("out/checkpoint.pt", str(small)))
+    indices = [index for _, index in panels]
+    assert len(panels) == 16 and panels[0][0] == "query" and indices[0] >= 0
+    assert -1 in indices and 0 < len([i for i in indices[1:] if i >= 0]) <= 8
+    assert indices[0] not in indices[1:]
+    figure5.main(["out/checkpoint.pt", str(small), "--out", "picture"])
+    assert (tmp_path / "picture/figure5.png").stat().st_size > 10_000
+    assert "44 images" not in refused(figure5, "out/checkpoint.pt")
+    inside(moco_v2, *one, "--negatives", "queue", "--out", "queue", cwd=tmp_path)
+    assert "uses the whole queue; expected" in refused(figure5, "queue/checkpoint.pt", small)
+    assert "no such file" in refused(figure5, "none.pt", small)

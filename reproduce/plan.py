@@ -1,0 +1,239 @@
+"""The paper's tables and figures as cells, the paper's numbers, and the commands that fill them."""
+
+import collections
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import shlex
+from pathlib import Path
+
+import torch
+
+from common import train
+
+ROOT = Path(__file__).parent.parent
+# What stands for the folder of images in printed commands; the textures need none.
+PLACEHOLDER = {"imagenet": "IMAGENET", "cifar10": "CIFAR10", "textures": None}
+PROTOCOL = {"imagenet": "linear probe", "cifar10": "quick probe", "textures": "quick probe"}
+TABLE3_K = {"imagenet": (512, 65536), "cifar10": (64, 4096), "textures": (16, 1024)}
+LADDER = {"imagenet": (256, 512, 1024, 4096, 16384, 65536),     # K of Figure 4
+          "cifar10": (16, 64, 256, 1024, 4096, 16384),
+          "textures": (16, 128, 1024)}
+CHUNK = 2048                    # SimCLR: 256 images of 224 pixels on each of 8 GPUs
+
+TITLES = {
+    "table1": "Table 1: projection heads",
+    "table2a": "Table 2 (a): crop area",
+    "table2b": "Table 2 (b): strength of the colour jitter",
+    "table3": "Table 3: number of negatives",
+    "section3": "Section 3: probes of h, hidden and z",
+    "section5": "Section 5: sampling of negatives",
+    "section7": "Section 7: no momentum encoder",
+    "figure4": "Figure 4: accuracy over the number of negatives",
+    "figure2": "Figure 2: images reconstructed from features",
+    "figure3": "Figure 3: features of augmented images",
+    "figure5": "Figure 5: sampling of hard negatives",
+}
+# item: {row: (script and flags, the paper's result in each column)}. The paper's numbers are top-1
+# accuracies in percent of a ResNet-50 on ImageNet.
+ROWS = {
+    "table1": {
+        "MoCo v2": ("moco_v2 --preset table1", 64.4),
+        "(a) without head": ("moco_v2 --preset table1a", 59.2),
+        "(b) fixed head": ("moco_v2 --preset table1b", 62.9),
+        "(c) more hidden layers": ("moco_v2 --preset table1c", 63.9),
+        "(d) narrow": ("moco_v2 --preset table1d", 62.2),
+    },
+    "table2a": {                                                # MoCo v2, supervised
+        "20 % to 100 %": ("moco_v2 --preset table2a-baseline", 64.4, 75.5),
+        "20 % to 50 %": ("moco_v2 --preset table2a-medium", 63.7, 74.8),
+        "2 % to 10 %": ("moco_v2 --preset table2a-extreme", 47.1, 52.0),
+    },
+    "table2b": {
+        "jitter 1/8": ("moco_v2 --preset table2b-eighth", 63.1, 75.8),
+        "1/4": ("moco_v2 --preset table2b-quarter", 63.9, 75.7),
+        "1/2": ("moco_v2 --preset table2b-half", 64.2, 75.6),
+        "1": ("moco_v2 --preset table2b-full", 64.3, 74.6),
+    },
+    "table3": {                                                 # K = 512, K = 65536
+        "MoCo v2": ("moco_v2 --preset table3", 67.3, 67.5),
+        "(a) no MLP": ("moco_v2 --preset table3a", 61.7, 63.6),
+        "(b) no blur": ("moco_v2 --preset table3b", 65.5, 66.4),
+        "(c) no cosine": ("moco_v2 --preset table3c", 67.2, 67.3),
+        "(d) m = .5": ("moco_v2 --preset table3d", 59.8, 64.5),
+    },
+    "section3": {                                               # one run, three probes
+        "h": ("moco_v2 --preset table1", 64.4),
+        "hidden": ("moco_v2 --preset table1",),
+        "z": ("moco_v2 --preset table1",),
+    },
+    "section5": {
+        "MoCo v2": ("moco_v2 --preset table3", 67.3, 67.5),
+        "hardest negatives only": ("moco_v2 --preset table3 --negatives hardest",),
+        "random negatives": ("moco_v2 --preset table3 --negatives random",),
+    },
+    "section7": {
+        "MoCo v2": ("moco_v2 --preset table3", 67.3, 67.5),
+        "m = 0": ("moco_v2 --preset section7", "cannot converge", "cannot converge"),
+    },
+    "figure4": {
+        "MoCo v2": ("moco_v2 --preset table3",),
+        "MoCo v2, hard negatives": ("moco_v2 --preset table3 --negatives hard",),
+        "MoCo": ("moco_v2 --preset moco-v1",),
+        "InstDisc": ("instdisc --preset figure4",),
+        "SimCLR": ("simclr --preset figure4",),
+    },
+    # For pictures, a row is a flag of the script that draws it: a network's checkpoint.
+    "figure2": {"--head": ("moco_v2 --preset table1",), "--no-head": ("moco_v2 --preset table1a",)},
+    "figure3": {"--encoder": ("linear_probe --train all",),
+                "--compare": ("moco_v2 --preset table1",)},
+    "figure5": {"": ("moco_v2 --preset table3 --negatives hard",)},
+}
+PICTURES = {"figure2": "dip_inversion.py", "figure3": "tsne_aug.py",
+            "figure5": "-m reproduce.figure5"}
+
+# `paper` is a number, a text or None; `feature` is the one that is probed.
+Cell = collections.namedtuple("Cell", "script flags paper feature")
+
+
+@dataclasses.dataclass
+class Place:
+    """A folder results/NAME: runs on the images of `path`, all with the same added `flags`."""
+
+    name: str
+    scale: str
+    path: str = None
+    flags: list = ()
+
+    @property
+    def folder(self):
+        return ROOT / "results" / self.name
+
+    def run_file(self, name):
+        """Where the result of a run is kept."""
+        return self.folder / f"runs/{name}.json"
+
+    def data(self):
+        """The argument DATA of a command, as a list."""
+        return [self.path] if self.path else []
+
+    def out(self, run):
+        """The folder of a run's checkpoint, relative to the project's root."""
+        return f"runs/reproduce/{self.name}/{run}"
+
+
+def columns(item, scale):
+    """The names of an item's columns."""
+    if item in ("table3", "section5", "section7", "figure4"):
+        return [f"K = {K}" for K in (LADDER if item == "figure4" else TABLE3_K)[scale]]
+    return ["MoCo v2", "supervised"] if item.startswith("table2") else ["MoCo v2"]
+
+
+def simclr_batch(K):
+    """SimCLR has K = 2 (N - 1) negatives: about K for a batch of N = K / 2 images, at least 16."""
+    return max(16, K // 2)
+
+
+def size(script, K):
+    """The flags that set the number of negatives."""
+    if script != "simclr":
+        return ["--K", str(K)]
+    batch = simclr_batch(K)
+    return ["--batch-size", str(batch)] + (["--chunk", str(CHUNK)] if batch > CHUNK else [])
+
+
+def cells(item, scale):
+    """{(row, column): Cell} of an item of the paper, in its order."""
+    found = {}
+    for row, (command, *numbers) in ROWS[item].items():
+        for column, paper in itertools.zip_longest(columns(item, scale), numbers):
+            script, *flags = command.split()
+            if column == "supervised":
+                script, flags = "linear_probe", ["--train", "all", *flags]
+            if column.startswith("K = "):
+                flags += size(script, int(column[4:]))
+            feature = row if item == "section3" else "h"
+            found[row, column] = Cell(script, flags, paper, feature)
+    return found
+
+
+def settings(script, flags, scale):
+    """What a command resolves to, as text: equal for equal settings, whatever their preset."""
+    module = importlib.import_module(script)
+    scales = module.SUPERVISED if script == "linear_probe" else module.SCALES
+    args = vars(train.settings(module.flags(), flags, scale, scales, module.PRESETS))
+    free = (*train.RUN_FLAGS, "preset")
+    return json.dumps({k: v for k, v in args.items() if k not in free}, sort_keys=True)
+
+
+@functools.cache
+def names(scale):
+    """{(item, row, column): (name, script, flags)} of all items, without seeds.
+
+    Cells with equal settings have one name, whichever item is asked for.
+    """
+    found, known = {}, {}
+    for item in ROWS:
+        for key, (script, flags, *_) in cells(item, scale).items():
+            words = [flag.lstrip("-") for flag in flags if flag not in ("--preset", "--train")]
+            run = "-".join([script, *words]), script, flags
+            found[(item, *key)] = known.setdefault(settings(script, flags, scale), run)
+    return found
+
+
+def runs(items, place, seeds):
+    """{name: (script, flags)}: the runs that `items` need, each setting once.
+
+    The place's flags come after the preset. Where a cell has the same flag, its own counts.
+    """
+    found = {}
+    for (item, _, _), (name, script, flags) in names(place.scale).items():
+        for seed in seeds if item in items else ():
+            found[f"{name}-seed{seed}"] = (
+                script, [*flags[:2], *place.flags, *flags[2:], "--seed", str(seed)])
+    return found
+
+
+def probes(script, flags, scale):
+    """{feature: result file in the run's folder}. Supervised runs have one without a probe.
+
+    Section 3 needs three features of the first row of Table 1.
+    """
+    if script == "linear_probe":
+        return {"h": "result.json"}
+    features = ["h", "hidden", "z"] if "table1" in flags else ["h"]
+    if PROTOCOL[scale] == "quick probe":
+        return {feature: f"probe/quick-{feature}.json" for feature in features}
+    return {feature: f"probe{'' if feature == 'h' else f'-{feature}'}/result.json"
+            for feature in features}
+
+
+def commands(name, script, flags, place):
+    """The training command, then the probes': lists of words."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    python = ["torchrun", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else ["python"]
+    found = [[*python, f"{script}.py", *place.data(), *flags, "--out", place.out(name)]]
+    quick = ["--quick"] if PROTOCOL[place.scale] == "quick probe" else []
+    for feature in probes(script, flags, place.scale) if script != "linear_probe" else ():
+        found.append([*python, "linear_probe.py", *place.data(), *quick, "--encoder",
+                      f"{place.out(name)}/checkpoint.pt", "--feature", feature])
+    return found
+
+
+def draw_command(item, place, seed):
+    """The words of the command that draws Figure 2, 3 or 5 from the runs of a seed."""
+    words = ["python", *PICTURES[item].split()]
+    for flag in ROWS[item]:
+        name, *_ = names(place.scale)[item, flag, "MoCo v2"]
+        words += [flag] if flag else []
+        words.append(f"{place.out(name)}-seed{seed}/checkpoint.pt")
+    return [*words, *place.data(), "--out", f"results/{place.name}"]
+
+
+def reproduce_command(item, place):
+    """The command that runs what is missing of an item, as text."""
+    words = ["python", "-m", "reproduce", item, *place.data()]
+    words += ["--as", place.name] if place.name != place.scale else []
+    return shlex.join(words + (["--flags", shlex.join(place.flags)] if place.flags else []))
