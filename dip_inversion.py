@@ -93,7 +93,7 @@ class Panels(nn.Module):
         self.shape = columns, images
         networks, noise = [], []
         for image in range(images):
-            torch.manual_seed(int(augment.generator(seed, image, 6).integers(2 ** 32)))
+            torch.manual_seed(int(augment.generator("R", seed, image).integers(2 ** 32)))
             networks.append(R(size))
             noise.append(torch.rand(NOISE, networks[0].noise_size, networks[0].noise_size) / 10)
         stacked, _ = torch.func.stack_module_state(networks * columns)          # (C n, ...) each
@@ -235,6 +235,7 @@ def flags():
     add("--images", nargs="+", metavar="FILE", help="image files instead of four of DATA's")
     add("--iterations", type=train.COUNT, metavar="n", help="(default: 3100; small images: 1000)")
     add("--seed", type=train.NATURAL, default=0, metavar="n")
+    add("--device", choices=train.DEVICES, help="default: cuda if there is a GPU, else cpu")
     add("--out", type=Path, default="runs/dip_inversion", metavar="DIR")
     return parser
 
@@ -268,7 +269,7 @@ def draw(path, x, names, x_rec, found, title):
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    device = ddp.init()
+    device = ddp.init(args.device)
     dataset = None if args.images else data.open_data(args.data)
     scale = dataset.scale if dataset else "imagenet"
     no_head, a = read_encoder(args.no_head, "--no-head", scale, "table1a", hidden=False)

@@ -16,7 +16,6 @@ of N images each.
 import functools
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -28,11 +27,10 @@ from common.run import Run
 # The method (Sec. 5): the positive is the image's own slot; the negatives are K drawn slots.
 
 
-def draw_negatives(n, K, rows, seed, step):
-    """K of n slots (N, K) for each of the images `rows` of the global batch, with replacement."""
-    draws = [augment.generator(seed, step, 5, row).integers(n, size=K)
-             for row in range(rows.start, rows.stop)]
-    return torch.from_numpy(np.stack(draws))
+def draw_negatives(n, K, batch, seed, step, device):
+    """K of n slots (N, K) for each image of this process's part of a batch, with replacement."""
+    generator = augment.device_generator(device, "slots", seed, step)
+    return torch.randint(n, (batch, K), device=device, generator=generator)[ddp.rows(batch)]
 
 
 def nce(positive, negatives, Z, n):
@@ -135,7 +133,7 @@ def flags():
     add("--proximal", type=train.NON_NEGATIVE, metavar="w",
         help="weight of the proximal regularisation (Wu et al. 2018, Eq. (9))")
     add("--crop", type=train.AREA, nargs=2, metavar=("LO", "HI"), help="crop area")
-    add("--bn-group", type=train.COUNT, metavar="n", help="images that share batch statistics")
+    add("--bn-group", type=train.SEVERAL, metavar="n", help="images that share batch statistics")
     return parser
 
 
@@ -193,16 +191,18 @@ def main(argv=None):
         epochs=args.epochs, steps_per_epoch=steps_per_epoch)
     batches = train.views(args, dataset.train, 1, run, device)
     n_draws = 0 if args.loss == "softmax" else args.K           # softmax needs no draws
-    rows = ddp.rows(args.batch_size)
     for step, x, index in run.steps(batches):
-        x, = augmented(x, step)                                 # (N, 3, H, W)
-        draws = draw_negatives(n, n_draws, rows, args.seed, step).to(device)
+        draws = ddp.send({**augmented.draw(step, args.batch_size), "index": index}, device)
+        index = draws.pop("index")
+        x, = augmented.apply(x, draws)                                # (N, 3, H, W)
+        slots = draw_negatives(n, n_draws, args.batch_size, args.seed, step, device)
         lr = train.set_lr(optimizer, learning_rate(step))
-        loss = train_step(embed, memory, Z, optimizer, x, index.to(device), draws, step,
-                          LOSSES[args.loss], args.temperature, args.bank_momentum, args.proximal)
+        loss = train_step(embed, memory, Z, optimizer, x, index, slots, step, LOSSES[args.loss],
+                          args.temperature, args.bank_momentum, args.proximal)
         run.log(loss, lr=lr)
     return run.close()
 
 
 if __name__ == "__main__":
-    train.launch(main)
+    train.launch(main, less_memory=(
+        f"fewer --workers, or a smaller --batch-size or --K {train.NEW_RUN}"))

@@ -127,7 +127,7 @@ def flags():
     add("--feature", choices=("h", "hidden", "z"), default="h", help="what is probed; paper: h")
     add("--quick", action="store_true", help="kNN and logistic regression on frozen features")
     add("--train", choices=("linear", "all"), default="linear", help="all: supervised training")
-    add("--bn-group", type=train.COUNT, metavar="n", help="images that share batch statistics")
+    add("--bn-group", type=train.SEVERAL, metavar="n", help="images that share batch statistics")
     return parser
 
 
@@ -174,7 +174,7 @@ def read_encoders(args):
 
 def quick(args):
     """kNN and quick probe of every encoder, as a table; the last line is the last one's probe."""
-    device = ddp.init()
+    device = ddp.init(args.device)
     encoders, dataset = read_encoders(args)
     labels, test_labels = dataset.train.labels, dataset.test.labels
     ddp.say(f"top-1 accuracy of {args.feature} in percent\n{'kNN':>8} {'probe':>8}   encoder")
@@ -260,7 +260,7 @@ def main(argv=None):
     check(first)
     if first.quick:
         return quick(first)
-    device = ddp.init()
+    device = ddp.init(first.device)
     prepare = prepare_supervised if first.train == "all" else prepare_probe
     args, dataset, frozen = prepare(argv, first)
     args.images, args.classes, args.data = len(dataset.train), len(dataset.classes), dataset.path
@@ -292,9 +292,11 @@ def main(argv=None):
     for step, x, index in run.steps(batches):
         done = step % steps_per_epoch * args.batch_size
         batch = min(args.batch_size, args.images - done)        # an epoch's last may be smaller
-        x, = augmented(x, step, batch)                          # (N, 3, H, W)
+        draws = ddp.send({**augmented.draw(step, batch), "index": index}, device)
+        index = draws.pop("index")
+        x, = augmented.apply(x, draws)                                # (N, 3, H, W)
         lr = train.set_lr(optimizer, learning_rate(step))
-        loss = train_step(logits_of, optimizer, x, labels[index.to(device)], batch)
+        loss = train_step(logits_of, optimizer, x, labels[index], batch)
         run.log(loss, lr=lr)
     if run.step == run.total and ddp.rank() == 0:
         report(run, dataset.classes)

@@ -16,6 +16,7 @@ the query and the momentum encoder at unit length. queue (K, D). W processes of 
 groups of --bn-group images share batch statistics.
 """
 
+import argparse
 import copy
 import functools
 import math
@@ -46,16 +47,8 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, x2, permutation):
-        """k (W N, D) of x2 (N, 3, H, W) of all processes, in the order of the images.
-
-        Shuffling BN (He et al. 2020, Sec. 3.3): the keys are computed in the order of `permutation`
-        (W N,). So the batch statistics of a key come from other images than those of its query, and
-        cannot tell which q and k belong together. Statistics are those of groups of images, so
-        shuffling works in one process too.
-        """
-        mine = ddp.rows(len(permutation))
-        shuffled = ddp.all_gather(x2)[permutation][mine]        # (N, 3, H, W)
-        k = unit(self.embed_k(shuffled.contiguous(memory_format=torch.channels_last)))
+        """k (W N, D) of all images in their order; x2 (N, 3, H, W) is in that of `shuffle`."""
+        k = unit(self.embed_k(x2))                              # (N, D)
         return ddp.all_gather(k)[permutation.argsort()]
 
     @torch.no_grad()
@@ -80,10 +73,22 @@ class MoCo(nn.Module):
         self.queue[position[-K:]] = k[-K:].to(self.queue.dtype)
 
 
+def shuffle(x2, permutation):
+    """Shuffling BN (He et al. 2020, Sec. 3.3): the images (N, ...) whose keys are computed here.
+
+    Takes the N images of this process and distributes those of all processes in the order of
+    `permutation` (W N,). So the batch statistics of a key come from other images than those of its
+    query, and cannot tell which q and k belong together. Statistics are those of groups of images,
+    so shuffling works in one process too.
+    """
+    return ddp.all_gather(x2)[permutation][ddp.rows(len(permutation))]
+
+
 def train_step(moco, optimizer, x1, x2, permutation, step, ranks=None):
     """One step of MoCo on N images; returns the loss. Updates encoders, optimizer and queue.
 
-    `ranks` (N, K): which negatives to use, by their similarity to the query; default: all, once.
+    x1 (N, 3, H, W) are first views; x2 (N, 3, H, W) are second views after `shuffle`. `ranks`
+    (N, K): which negatives to use, by their similarity to the query; default: all, once.
     The released code updates the momentum encoder before it computes the keys. Doing it after the
     optimizer step gives the same keys, because the first update changes nothing.
     """
@@ -115,24 +120,23 @@ def rank_distribution(negatives, K, skew, scale):
         return None
     if negatives == "hard":
         from scipy.stats import skewnorm                        # slow to import
-        F = skewnorm.cdf(edges, skew, scale=scale * K)
-        if not F[-1] - F[0] > 1e-6:
+        cdf = skewnorm.cdf(edges, skew, scale=scale * K)
+        if not cdf[-1] - cdf[0] > 1e-6:
             raise UserError(f"--skew {skew:g} --skew-scale {scale:g}: no rank of the queue is left "
                             "to sample; try 4 and .25")
     else:
-        F = np.minimum(edges / (math.ceil(K / 10) if negatives == "hardest" else K), 1.)
-    return torch.from_numpy(((F[1:] - F[0]) / (F[-1] - F[0])).astype(np.float32))
+        cdf = np.minimum(edges / (math.ceil(K / 10) if negatives == "hardest" else K), 1.)
+    return torch.from_numpy(((cdf[1:] - cdf[0]) / (cdf[-1] - cdf[0])).astype(np.float32))
 
 
-def draw_ranks(F, rows, seed, step):
-    """K ranks (N, K) with distribution function F (K,) for the images `rows` of the global batch.
+def draw_ranks(cdf, batch, seed, step):
+    """K ranks (N, K) with distribution function cdf (K,) for this process's part of the batch.
 
     With replacement, so that the number of negatives stays K.
     """
-    u = [augment.generator(seed, step, 5, row).random(len(F), np.float32)
-         for row in range(rows.start, rows.stop)]
-    u = torch.from_numpy(np.stack(u)).to(F.device)
-    return torch.searchsorted(F, u, right=True).clamp_(max=len(F) - 1)
+    generator = augment.device_generator(cdf.device, "ranks", seed, step)
+    u = torch.rand(batch, len(cdf), device=cdf.device, generator=generator)[ddp.rows(batch)]
+    return torch.searchsorted(cdf, u, right=True).clamp_(max=len(cdf) - 1)
 
 
 # Settings. A scale belongs to a kind of data; a preset is a row of a table and differs from it.
@@ -186,9 +190,9 @@ def flags():
     add("--crop", type=train.AREA, nargs=2, metavar=("LO", "HI"), help="crop area (Table 2 (a))")
     add("--jitter", type=train.STRENGTH, metavar="S",
         help="colour jitter (.8 S, .8 S, .8 S, .2 S) (Table 2 (b))")
-    add("--blur", action=train.argparse.BooleanOptionalAction, help="Gaussian blur")
+    add("--blur", action=argparse.BooleanOptionalAction, help="Gaussian blur")
     add("--schedule", choices=("cosine", "steps"), help="learning rate schedule")
-    add("--bn-group", type=train.COUNT, metavar="n", help="images that share batch statistics")
+    add("--bn-group", type=train.SEVERAL, metavar="n", help="images that share batch statistics")
     add("--negatives", choices=("queue", "hard", "hardest", "random"), help="all keys of the "
         "queue, or K of them sampled: mostly hard and semi-hard; the hardest tenth; at random")
     add("--skew", type=train.number(float, "a number", math.isfinite), metavar="a",
@@ -225,7 +229,7 @@ def build(args, device):
 def main(argv=None):
     args, dataset, device = train.begin(flags(), argv, SCALES, PRESETS)
     check(args)
-    F = rank_distribution(args.negatives, args.K, args.skew, args.skew_scale)
+    cdf = rank_distribution(args.negatives, args.K, args.skew, args.skew_scale)
     steps_per_epoch = data.steps_per_epoch(args.images, args.batch_size)
     moco, optimizer = build(args, device)
     options = train.feature_options(args, device)
@@ -240,13 +244,17 @@ def main(argv=None):
     learning_rate = functools.partial(
         train.learning_rate, lr=args.lr, schedule=args.schedule, warmup=args.warmup,
         epochs=args.epochs, steps_per_epoch=steps_per_epoch)
-    rows, F = ddp.rows(args.batch_size), F if F is None else F.to(device)
-    batches = train.views(args, dataset.train, 2, run, device)
-    for step, x, _ in run.steps(batches):
-        x1, x2 = augmented(x, step)                             # (N, 3, H, W) each
-        order = augment.generator(args.seed, step, 4).permutation(args.batch_size)
-        permutation = torch.from_numpy(order).to(device)
-        ranks = None if F is None else draw_ranks(F, rows, args.seed, step)
+    cdf = cdf if cdf is None else cdf.to(device)
+    batch, mine = args.batch_size, ddp.rows(args.batch_size)
+    for step, x, _ in run.steps(train.views(args, dataset.train, 2, run, device)):
+        order = augment.generator("shuffle", args.seed, step).permutation(batch)
+        draws = augmented.draw(step, batch, views=2, rows=[mine, order[mine]])
+        draws = ddp.send({**draws, "permutation": torch.from_numpy(order)}, device)
+        permutation = draws.pop("permutation")
+        # Second views travel between processes before the augmentation, as uint8.
+        x = x[0], shuffle(x[1], permutation)
+        x1, x2 = augmented.apply(x, draws)                      # (N, 3, H, W) each
+        ranks = None if cdf is None else draw_ranks(cdf, batch, args.seed, step)
         lr = train.set_lr(optimizer, learning_rate(step))
         loss = train_step(moco, optimizer, x1, x2, permutation, step, ranks)
         run.log(loss, lr=lr, queue=min(1, (step + 1) * args.batch_size / args.K))
@@ -254,4 +262,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.launch(main)
+    train.launch(main, less_memory=(
+        f"fewer --workers, or a smaller --batch-size or --K {train.NEW_RUN}"))

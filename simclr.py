@@ -13,9 +13,11 @@ x1, x2 (N, 3, H, W): two views of N images; W processes have M = W N. h = f(x) (
 images; there are no groups.
 """
 
+import argparse
 import contextlib
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -58,6 +60,7 @@ def train_step(embed, optimizer, x1, x2, temperature):
 
 
 BLOCK = 2 ** 23                                 # similarities in memory at once in a chunked step
+BN_MOMENTUM = .1
 
 
 def chunked_step(encoder, embed, no_sync, optimizer, views, n, parts, temperature):
@@ -71,15 +74,19 @@ def chunked_step(encoder, embed, no_sync, optimizer, views, n, parts, temperatur
     calls. `no_sync` is DDP's context without gradient synchronisation.
     """
     # Every parts-th image, so that the parts of W processes together are those of one process.
-    slices = [slice(i, None, parts) for i in range(parts)]
-    z = None
-    for i, part in enumerate(slices):
-        set_bn_momentum(encoder, parts, i)
+    slices, z = [slice(i, None, parts) for i in range(parts)], None
+    statistics = running_statistics(encoder)
+    before, mean = [s.clone() for s in statistics], [torch.zeros_like(s) for s in statistics]
+    set_bn_momentum(encoder, 1.)                # running statistics are those of the last part
+    for part in slices:
         with torch.no_grad():
             embedded = unit(embed(torch.cat(views(part)))).unflatten(0, (2, -1))
-        if z is None:
-            z = embedded.new_empty(2, n, embedded.shape[2])
+        for total, s in zip(mean, statistics):
+            total.add_(s, alpha=1 / parts)
+        z = embedded.new_empty(2, n, embedded.shape[2]) if z is None else z
         z[:, part] = embedded                                   # (2, N, D)
+    for s, old, new in zip(statistics, before, mean):
+        s.copy_(old.lerp(new, BN_MOMENTUM))
     z = ddp.all_gather(z.transpose(0, 1)).transpose(0, 1).flatten(0, 1)         # (2 M, D)
     z.requires_grad_()
     rows, loss = own_rows(len(z) // 2, z.device), 0.
@@ -90,12 +97,12 @@ def chunked_step(encoder, embed, no_sync, optimizer, views, n, parts, temperatur
     # Each loss depends on all embeddings: sum over processes, as `all_gather_with_grad` does.
     gradient = ddp.total(z.grad)[rows].unflatten(0, (2, -1))                    # (2, N, D)
     optimizer.zero_grad()
-    freeze_bn(encoder)                          # the first pass has updated the running statistics
+    set_bn_momentum(encoder, 0.)                # the first pass has moved the running statistics
     for i, part in enumerate(slices):
         with no_sync() if i < parts - 1 else contextlib.nullcontext():
             embedded = unit(embed(torch.cat(views(part)))).unflatten(0, (2, -1))
             (embedded * gradient[:, part]).sum().backward()
-    set_bn_momentum(encoder, 1, 0)
+    set_bn_momentum(encoder, BN_MOMENTUM)
     optimizer.step()
     return loss
 
@@ -104,16 +111,13 @@ def batch_norms(encoder):
     return [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
-def set_bn_momentum(encoder, parts, i, momentum=.1):
-    """Momentum for part i, so that running statistics move by the mean over all parts."""
+def set_bn_momentum(encoder, momentum):
     for norm in batch_norms(encoder):
-        norm.momentum = momentum / (parts - momentum * (parts - 1 - i))
+        norm.momentum = momentum
 
 
-def freeze_bn(encoder):
-    """Keep the running statistics as they are."""
-    for norm in batch_norms(encoder):
-        norm.momentum = 0.
+def running_statistics(encoder):
+    return [s for norm in batch_norms(encoder) for s in (norm.running_mean, norm.running_var)]
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
@@ -170,18 +174,20 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for w in group["params"]:
-                g = w.grad
-                if w.ndim > 1:
-                    g = g + group["weight_decay"] * w
-                    w_norm, g_norm = w.norm(), g.norm()
-                    trust = group["eta"] * w_norm / g_norm
-                    g = g * torch.where((w_norm > 0) & (g_norm > 0), trust, 1)
-                state = self.state[w]
-                if not state:
-                    state["momentum"] = torch.zeros_like(w)
-                state["momentum"].mul_(group["momentum"]).add_(g * group["lr"])
-                w.sub_(state["momentum"])
+            params, decayed = group["params"], [w for w in group["params"] if w.ndim > 1]
+            for w in params:
+                if not self.state[w]:
+                    self.state[w]["momentum"] = torch.zeros_like(w)
+            # With _foreach functions, a step is a few kernel launches for all tensors together.
+            g = torch._foreach_add([w.grad for w in decayed], decayed, alpha=group["weight_decay"])
+            w_norm, g_norm = (torch.stack(torch._foreach_norm(v)) for v in (decayed, g))
+            trust = torch.where((w_norm > 0) & (g_norm > 0), group["eta"] * w_norm / g_norm, 1.)
+            torch._foreach_mul_(g, trust.unbind())
+            g = dict(zip(decayed, g))
+            velocity = [self.state[w]["momentum"] for w in params]
+            torch._foreach_mul_(velocity, group["momentum"])
+            torch._foreach_add_(velocity, [g.get(w, w.grad) for w in params], alpha=group["lr"])
+            torch._foreach_sub_(params, velocity)
 
 
 def learning_rate(step, *, lr, warmup, total):
@@ -219,18 +225,18 @@ def flags():
         help="layers of the projection head: 2 in SimCLR's paper, 3 in its code today")
     add("--temperature", type=train.POSITIVE, help="temperature of Eq. (1)")
     add("--scaling", choices=("linear", "sqrt"), help="of the learning rate with the batch size")
-    add("--chunk", type=train.number(int, "2 images or more", lambda n: n >= 2), metavar="n",
+    add("--chunk", type=train.SEVERAL, metavar="n",
         help="embed n images at a time, for batches larger than memory")
     add("--crop", type=train.AREA, nargs=2, metavar=("LO", "HI"), help="crop area")
     add("--jitter", type=train.STRENGTH, metavar="S",
         help="colour jitter (.8 S, .8 S, .8 S, .2 S)")
-    add("--blur", action=train.argparse.BooleanOptionalAction, help="Gaussian blur")
+    add("--blur", action=argparse.BooleanOptionalAction, help="Gaussian blur")
     return parser
 
 
 def check(args):
     """Raises UserError if settings do not fit together; prints notes on unusual ones."""
-    train.check_batch(args.images, args.batch_size)
+    train.check_batch(args.images, args.batch_size, bn_group=1)
     if args.batch_size < 2:
         raise UserError("--batch-size 1: expected 2 or more; the negatives are the other images")
     if not args.chunk:
@@ -284,27 +290,30 @@ def main(argv=None):
     augmented = augment.Augment(args.stack, augment.jitter_strength(args.jitter), args.blur,
                                 args.normalisation, args.seed).to(device)
     batches = train.views(args, dataset.train, 2, run, device)
-    mine = torch.arange(args.batch_size)[ddp.rows(args.batch_size)]
+    batch, mine = args.batch_size, np.arange(args.batch_size)[ddp.rows(args.batch_size)]
 
-    def plain(x, draws):
-        x1, x2 = augmented.apply(x, draws, mine)                # (N, 3, H, W) each
-        return train_step(embed, optimizer, x1, x2, args.temperature)
+    def augment_part(x, step, part=slice(None)):
+        """Two views of this process's images `part`, (n, 3, H, W) each."""
+        draws = augmented.draw(step, batch, views=2, rows=[mine[part]] * 2)
+        return augmented.apply(x[:, part], ddp.send(draws, device))
 
-    def chunked(x, draws):
-        def views(part):
-            return augmented.apply(x[:, part], draws, mine[part])
-        return chunked_step(encoder, embed, no_sync, optimizer, views, x.shape[1], n_parts(args),
+    def plain(x, step):
+        return train_step(embed, optimizer, *augment_part(x, step), args.temperature)
+
+    def chunked(x, step):
+        return chunked_step(encoder, embed, no_sync, optimizer,
+                            lambda part: augment_part(x, step, part), x.shape[1], n_parts(args),
                             args.temperature)
 
     make_step = chunked if args.chunk else plain
     for step, x, _ in run.steps(batches):
         lr = train.set_lr(optimizer, learning_rate(step, lr=args.lr, warmup=args.warmup,
                                                    total=run.total))
-        loss = make_step(x, augmented.draw(2, args.batch_size, step))
+        loss = make_step(x, step)
         run.log(loss / 2, lr=lr)                                # Eq. (1), the mean over views
     return run.close()
 
 
 if __name__ == "__main__":
-    train.launch(main, less_memory="a smaller --chunk or --batch-size (a new run: it needs another "
-                                   "--out or --fresh)")
+    train.launch(main, less_memory=(
+        f"fewer --workers, or a smaller --chunk or --batch-size {train.NEW_RUN}"))

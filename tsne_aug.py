@@ -134,7 +134,7 @@ def choose(dataset, classes, per_class, seed):
     """
     if len(dataset.classes) < classes:
         raise UserError(f"--classes {classes}: the data has {len(dataset.classes)} classes")
-    rng = augment.generator(seed, 7)
+    rng = augment.generator("classes", seed)
     chosen, rows = np.sort(rng.permutation(len(dataset.classes))[:classes]), []
     for c in chosen:
         members = np.flatnonzero(dataset.train.labels.numpy() == c)
@@ -167,7 +167,7 @@ def features(model, feature, images, augmentation, seed, device):
         order = data.permutation(n, seed, epoch=0)
         _, x, _ = next(data.views(images, 1, area=area, seed=seed, start=0, stop=1, **options))
     encoder.to(device).eval()
-    x, = module.to(device)(x, 0)                                # (n, 3, size, size) float32
+    x, = module.to(device)(x, step=0)                           # (n, 3, size, size) float32
     found = torch.cat([encoder.embed(part, feature) for part in x.split(128)])
     return found[order.argsort()]
 
@@ -186,6 +186,7 @@ def flags():
         help="training images per class; in the row by instance, views per image")
     add("--perplexity", type=train.POSITIVE, default=30.)
     add("--seed", type=train.NATURAL, default=0, metavar="n")
+    add("--device", choices=train.DEVICES, help="default: cuda if there is a GPU, else cpu")
     add("--out", type=Path, default="runs/tsne_aug", metavar="DIR")
     return parser
 
@@ -252,7 +253,7 @@ def main(argv=None):
     if not 1 < args.perplexity < n / 3:
         raise UserError(f"--perplexity {args.perplexity:g}: expected above 1 and below a third of "
                         f"the {n} points")
-    device, dataset = ddp.init(), data.open_labelled(args.data)
+    device, dataset = ddp.init(args.device), data.open_labelled(args.data)
     names, images, labels = choose(dataset, args.classes, args.per_class, args.seed)
     models = {"z": read_supervised(args.encoder, dataset.scale)}
     if args.compare:

@@ -5,6 +5,8 @@ its rows. So the number of workers or processes, and resuming a run, change noth
 is drawn per batch and view, where torchvision draws it per image: the order of the jitter.
 """
 
+import functools
+import zlib
 
 import numpy as np
 import torch
@@ -32,9 +34,18 @@ BLUR_RADIUS = 8                                                 # pixels: 4 sigm
 CACHED = 8 * 3 * 224 ** 2                                       # numbers that fit a CPU's cache
 
 
-def generator(*key):
-    """A numpy generator for a tuple of integers, such as (seed, step, purpose)."""
-    return np.random.default_rng(key)
+def generator(purpose, *key):
+    """A numpy generator for a purpose (a word) and a tuple of integers, such as (seed, step).
+
+    The purpose comes first: numpy ignores trailing zeros, so tuples of other lengths could collide.
+    """
+    return np.random.default_rng((zlib.crc32(purpose.encode()), *key))
+
+
+def device_generator(device, purpose, *key):
+    """A torch generator on `device` for large draws, with keys as in `generator`."""
+    seed = int(generator(purpose, *key).integers(2 ** 32))      # CPU generators use 32 bits
+    return torch.Generator(device).manual_seed(seed)
 
 
 def jitter_strength(s):
@@ -83,7 +94,7 @@ def crop_resize(images, boxes, size):
     For small images in memory: two batched matrix products instead of n calls.
     """
     n, channels, height, width = images.shape
-    top, left, box_height, box_width = boxes.to(images.device).float().unbind(1)
+    top, left, box_height, box_width = boxes.float().unbind(1)
     rows = _resize_weights(top, box_height, height, size)                       # (n, size, H)
     columns = _resize_weights(left, box_width, width, size)                     # (n, size, W)
     x = images.float().reshape(n, channels * height, width) @ columns.mT        # (n, 3 H, size)
@@ -168,23 +179,11 @@ class Augment(nn.Module):
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in NORMALISE[normalisation])
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
+        self._sample = functools.lru_cache(maxsize=1)(self._sample)
 
-    def forward(self, x, step, batch=None):
-        """x (V, N, 3, H, W) uint8 -> V views (N, 3, H, W) float32, channels_last.
-
-        x is this process's part of a global batch of `batch` images (default: W N).
-        """
-        batch = batch or x.shape[1] * ddp.world()
-        return self.apply(x, self.draw(len(x), batch, step), ddp.rows(batch))
-
-    def draw(self, views, batch, step):
-        """The parameters of a global batch: a dict of tensors (views, batch, ...) on the CPU.
-
-        `flip`, `gray`: whether. `factors` (..., 4): brightness, contrast, saturation (1 for none)
-        and hue in turns (0 for none). `sigma` of the blur in pixels (0 for none). `order`
-        (views, 4): that of the jitter.
-        """
-        rng, p, shape = generator(self.seed, step, 2), dict(self.operations), (views, batch)
+    def _sample(self, step, batch, views):
+        """The parameters of a global batch: a dict of arrays (views, batch, ...)."""
+        rng, p, shape = generator("augment", self.seed, step), dict(self.operations), (views, batch)
         chance = rng.random((4, *shape))
         width = np.array(self.jitter)
         low, high = 1 - width, 1 + width                        # factors are uniform in between
@@ -192,46 +191,76 @@ class Augment(nn.Module):
         factors = rng.uniform(low, high, (*shape, 4)) - (0, 0, 0, 1)
         factors[chance[0] >= p.get("jitter", 0)] = (1, 1, 1, 0)
         sigma = rng.uniform(*BLUR_SIGMA, (views, 1) if self.simclr else shape)
-        draws = {"flip": chance[2] < p.get("flip", 0), "gray": chance[3] < p.get("gray", 0),
-                 "sigma": (sigma * (chance[1] < p.get("blur", 0))).astype(np.float32),
-                 "factors": factors.astype(np.float32),
-                 "order": np.stack([rng.permutation(4) for _ in range(views)])}
-        return {name: torch.from_numpy(value) for name, value in draws.items()}
+        return {"flip": chance[2] < p.get("flip", 0), "gray": chance[3] < p.get("gray", 0),
+                "blur": chance[1] < p.get("blur", 0),
+                "sigma": np.broadcast_to(sigma, shape).astype(np.float32),
+                "factors": factors.astype(np.float32),
+                "order": [rng.permutation(4).tolist() for _ in range(views)]}
 
-    def apply(self, x, draws, rows=slice(None)):
-        """The views of x, with the parameters of `rows` (a slice or indices) in `draws`."""
+    def draw(self, step, batch, views=1, rows=None):
+        """The parameters of this process's images in a global batch: {(view, name): tensor}.
+
+        `rows` are its images, a slice or indices, for each view (default: `ddp.rows(batch)`).
+        `flip`, `gray` and `blur` are indices of images; `sigma` (of the blurred ones) is in pixels.
+        `factors` (n, 4) holds brightness, contrast, saturation (1 for none) and hue in turns (0 for
+        none). `order` is that of the jitter, as a list.
+        """
+        sample, draws = self._sample(step, batch, views), {}
+        rows = rows or [ddp.rows(batch)] * views
+        for view, own in enumerate(rows):
+            index = {name: np.flatnonzero(sample[name][view, own])
+                     for name in ("flip", "gray", "blur")}
+            arrays = {**index, "sigma": sample["sigma"][view, own][index["blur"]],
+                      "factors": sample["factors"][view, own]}
+            for name, array in arrays.items():
+                draws[view, name] = torch.from_numpy(array)
+            draws[view, "order"] = sample["order"][view]
+        return draws
+
+    def forward(self, x, step, batch=None):
+        """x (V, n, 3, H, W) uint8 -> V views (n, 3, H, W) float32, channels_last.
+
+        x is this process's part of a global batch of `batch` images (default: W n).
+        """
+        draws = self.draw(step, batch or x.shape[1] * ddp.world(), len(x))
+        return self.apply(x, ddp.send(draws, x.device))
+
+    def apply(self, x, draws):
+        """V views x (n, 3, H, W) uint8 with parameters from `draw`, which are on their device."""
+        return [self._view(images, {name: value for (v, name), value in draws.items() if v == view})
+                for view, images in enumerate(x)]
+
+    def _view(self, x, draw):
         # On a CPU, a few images at a time, which fit in its cache: nearly twice as fast.
-        n = x.shape[1]
-        size = n if x.is_cuda else max(1, CACHED // x[0, :1].numel()) if n else 1
-        views = []
-        for v, view in enumerate(x):
-            own = {name: draw[v][rows] for name, draw in draws.items() if name != "order"}
-            done = []
-            for start in range(0, max(n, 1), size):
-                part = {name: draw[start:start + size] for name, draw in own.items()}
-                part["order"] = draws["order"][v]
-                done.append(self.transform(view[start:start + size], part))
-            views.append(torch.cat(done))
-        return views
+        size = max(1, CACHED // x[:1].numel()) if x.device.type == "cpu" and len(x) else len(x)
+        if size >= len(x):
+            return self.transform(x, draw)
+        out = torch.empty(x.shape, memory_format=torch.channels_last)
+        for start in range(0, len(x), size):
+            part = {"order": draw["order"], "factors": draw["factors"][start:start + size]}
+            for name in ("flip", "gray", "blur"):
+                inside = (draw[name] >= start) & (draw[name] < start + size)
+                part[name] = draw[name][inside] - start
+                if name == "blur":
+                    part["sigma"] = draw["sigma"][inside]
+            out[start:start + size] = self.transform(x[start:start + size], part)
+        return out
 
     def transform(self, x, draw):
-        """One view (n, 3, H, W) uint8 with its own parameters, tensors (n, ...) -> float32."""
+        """One view (n, 3, H, W) uint8 with its own parameters {name: tensor} -> float32."""
         x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         for name, _ in self.operations:
+            index = draw.get(name)
             if name == "jitter":
-                factors = draw["factors"].to(x.device)
-                for i in draw["order"].tolist():
-                    x = JITTER[i](x, factors[:, i])
+                for i in draw["order"]:
+                    x = JITTER[i](x, draw["factors"][:, i])
+            elif not len(index):
                 continue
-            chosen = (draw["sigma"] > 0 if name == "blur" else draw[name]).nonzero().flatten()
-            index = chosen.to(x.device)
-            if not len(index):
-                continue
-            if name == "gray":
+            elif name == "gray":
                 x[index] = grayscale(x[index])
             elif name == "flip":
                 x[index] = x[index].flip(3)
             else:
                 simclr = (x.shape[3] // 20, "constant") if self.simclr else ()  # 23 taps at 224
-                x[index] = blur(x[index], draw["sigma"][chosen].to(x.device), *simclr)
+                x[index] = blur(x[index], draw["sigma"], *simclr)
         return x.sub_(self.mean).div_(self.std).to(memory_format=torch.channels_last)

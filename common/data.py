@@ -166,7 +166,7 @@ def read_image(name):
 
     Raises what PIL raises, also for images above 179 million pixels.
     """
-    with Image.open(name, formats=FORMATS) as image:
+    with Image.open(os.fsdecode(name), formats=FORMATS) as image:
         if image.mode.startswith("I;16"):       # convert() would clip 16 bits to 8
             gray = torch.from_numpy((np.array(image) >> 8).astype(np.uint8))
             return gray.expand(3, -1, -1)
@@ -279,14 +279,14 @@ def _batches(n, batch, seed, start, stop, n_views, drop_last):
         if i == 0 or order is None:
             order = permutation(n, seed, epoch)
         index = order[i * batch:(i + 1) * batch]
-        u = augment.generator(seed, step, 1).random((len(index), n_views, 22))
+        u = augment.generator("crops", seed, step).random((len(index), n_views, 22))
         mine = ddp.rows(len(index))
         yield index[mine], u[mine]
 
 
 def permutation(n, seed, epoch):
     """The order (n,) of the images in an epoch."""
-    return augment.generator(seed, epoch, 0).permutation(n)
+    return augment.generator("order", seed, epoch).permutation(n)
 
 
 def steps_per_epoch(n, batch, drop_last=True):
@@ -339,9 +339,10 @@ def _crops_in_memory(pixels, index, u, size, area):
     n, n_views = u.shape[:2]
     numbers = u.transpose(1, 0, 2).reshape(n_views * n, 22)
     boxes = torch.from_numpy(augment.crop_boxes(*pixels.shape[2:], numbers, area))
-    chosen = torch.from_numpy(index).to(pixels.device).repeat(n_views)
+    chosen = torch.from_numpy(index).repeat(n_views)
+    sent = ddp.send({"boxes": boxes, "chosen": chosen}, pixels.device)
     x = torch.empty(n_views * n, 3, size, size, dtype=torch.uint8, device=pixels.device)
-    for part, i, box in zip(*(v.split(8 * PIECE) for v in (x, chosen, boxes))):
+    for part, i, box in zip(*(v.split(8 * PIECE) for v in (x, sent["chosen"], sent["boxes"]))):
         part.copy_(augment.crop_resize(pixels[i], box, size))
     return x.view(n_views, n, 3, size, size)
 

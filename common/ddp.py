@@ -10,22 +10,35 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from common import UserError
 
-def init():
-    """Join the process group of torchrun, if there is one. Returns the `torch.device` to use."""
-    cuda = torch.cuda.is_available()
+
+def init(name=None):
+    """Join the process group of torchrun, if there is one. Returns the `torch.device` to use.
+
+    `name` is cuda, cpu or mps (untested); by default cuda if there is a GPU, else cpu. Raises
+    UserError if there is no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is available; expected cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available; expected cuda or cpu")
     torch.backends.cudnn.benchmark = True
-    if not cuda:
+    if name == "cpu":
         _keep_freed_memory()
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # If a machine is lost, the other processes fail after this time at the latest.
         timeout = datetime.timedelta(minutes=10)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timeout)
+    if name == "mps":
+        say("note: the device mps is untested")
+    return torch.device(name, torch.cuda.current_device() if name == "cuda" else None)
 
 
 def _keep_freed_memory():
@@ -53,6 +66,37 @@ def rank():
 def world():
     """The number of processes, W."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def send(tensors, device):
+    """Copy a dict of CPU tensors to `device` in a single asynchronous transfer, as a dict.
+
+    Values that are not tensors stay as they are.
+    """
+    if device.type == "cpu":
+        return tensors
+    packed = pack(tensors)
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    return unpack(packed.to(device, non_blocking=True), tensors)
+
+
+def pack(tensors):
+    """The bytes of all tensors in a dict, each padded to a multiple of 8, as one uint8 tensor."""
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()
+             if isinstance(tensor, torch.Tensor)]
+    return torch.cat([F.pad(part, (0, -len(part) % 8)) for part in parts])
+
+
+def unpack(packed, tensors):
+    """The inverse of `pack`; `tensors` gives names, types and shapes."""
+    found, start = dict(tensors), 0
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor):
+            end = start + tensor.numel() * tensor.element_size()
+            found[name] = packed[start:end].view(tensor.dtype).view(tensor.shape)
+            start = end + -end % 8
+    return found
 
 
 def say(text):

@@ -25,7 +25,7 @@ def features(encoder, images, *, normalisation, size, device, workers, feature="
     mine = images.take(ddp.rows(len(images)))
     for x in data.whole(mine, size=size, batch=batch, device=device, workers=workers):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            out[done:done + len(x)] = encoder.embed(normalise.transform(x, None), feature)
+            out[done:done + len(x)] = encoder.embed(normalise.transform(x, {}), feature)
         done += len(x)
     encoder.train(training)
     # Parts of processes differ by at most one row: gather padded parts and cut.
@@ -81,7 +81,8 @@ def quick_probe(train, labels, test, test_labels, seed=0):
     train, test, variance = train @ axes, test @ axes, variance.clamp(min=0)
     labels, test_labels = labels.to(train.device), test_labels.to(train.device)
     classes = int(labels.max()) + 1
-    order = torch.from_numpy(augment.generator(seed, 3).permutation(len(train))).to(train.device)
+    order = augment.generator("held out", seed).permutation(len(train))
+    order = torch.from_numpy(order).to(train.device)
     held, fit = order[:len(train) // 10], order[len(train) // 10:]
     x, y, held_out, weights = train[fit], labels[fit], {}, {None: None}
     penalty = None

@@ -111,7 +111,7 @@ class Run:
         self.device, self.panels, self.save_minutes = device, panels, save_minutes
         self.stop_every = 1 if device.type == "cpu" else stop_every
         self.path, self.events = self.out / "checkpoint.pt", Log(self.out / "log.jsonl")
-        self.losses, self.values, self.chance = [], {}, chance
+        self.losses, self.values, self.chance, self.shown_loss = [], {}, chance, {}
         self.stop_requested = False
         self.step = self.start = self._restore(fresh)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -171,7 +171,7 @@ class Run:
         if self.start == 0 and self.eval_first:
             self._end_epoch()                                   # the untrained network
         self.began = self.shown = self.saved = self.since = before = time.time()
-        self.since_step, self.waited = self.start, 0.
+        self.since_step, self.waited, self.save_seconds = self.start, 0., 0.
         for batch in batches:
             self.waited += time.time() - before
             yield batch
@@ -188,23 +188,35 @@ class Run:
     def _after_step(self):
         """Log, evaluate and save where due; returns whether to stop."""
         epoch_ends = self.step % self.epoch == 0
-        ask = self.step % self.stop_every == 0
-        late = time.time() - self.saved >= 60 * self.save_minutes
+        due = epoch_ends and self._evaluation_due()
+        # Saving takes at most 5 % of the time; and is not put off beyond save_minutes.
+        since = time.time() - self.saved
+        late = since >= 60 * self.save_minutes or epoch_ends and since >= 20 * self.save_seconds
+        ask = epoch_ends or self.step % self.stop_every == 0
         stop = self.step == self.end or ask and ddp.any_process(self.stop_requested, self.device)
-        save = stop or epoch_ends or ask and ddp.any_process(late, self.device)
-        logged = save or self.step % LOG_EVERY == 0
+        save = stop or due or ask and ddp.any_process(late, self.device)
+        logged = save or epoch_ends or self.step % LOG_EVERY == 0
         if logged or time.time() - self.shown > SHOW_EVERY:
             self._report(logged)
         if save:
             for part in self.state.values():
                 if isinstance(part, nn.Module):
                     ddp.average_buffers(part)
-            if epoch_ends:
-                self._end_epoch()
+        if epoch_ends:
+            self._end_epoch()
+        if save:
+            began = time.time()
             if ddp.rank() == 0:                 # random draws depend on the step: no state to save
                 checkpoint.save(self.path, self.step, self.settings, self.state)
             self.saved = time.time()
+            self.save_seconds = self.saved - began
+        if epoch_ends or save:                  # do not count this as time of the next steps
+            self.since, self.since_step, self.waited = time.time(), self.step, 0.
         return stop
+
+    def _evaluation_due(self):
+        epoch = self.step // self.epoch
+        return epoch % self.eval_every == 0 or self.step == self.total
 
     def _report(self, logged):
         """Print a line if one is due. If `logged`, check and log the losses of all processes."""
@@ -213,6 +225,7 @@ class Run:
             losses, self.losses = ddp.mean(torch.stack(self.losses)), []
             self._check_finite(losses)
             loss = losses[-1]
+            self.shown_loss = {"loss": loss.item()}
         now, steps = time.time(), self.step - self.since_step
         seconds = max(now - self.since, 1e-9)
         values = {"loss": loss.item(), "epoch": self.step / self.epoch, **self.values,
@@ -225,7 +238,7 @@ class Run:
             self.since, self.since_step, self.waited = now, self.step, 0.
         if now - self.shown > SHOW_EVERY:
             self.shown = now
-            left = (now - self.began) / (self.step - self.start) * (self.total - self.step)
+            left = (now - self.began) / (self.step - self.start) * (self.end - self.step)
             ddp.say(f"step {self.step}/{self.total}  {describe(values)}  {duration(left)} left")
 
     def _check_finite(self, losses):
@@ -247,13 +260,13 @@ class Run:
 
     def _end_epoch(self):
         """Evaluate if due, log it, print a line, draw the curves."""
-        epoch, losses = self.step // self.epoch, self.events.values("loss")
-        due = epoch % self.eval_every == 0 or self.step == self.total
-        values = self.evaluate() if due else {}
+        epoch = self.step // self.epoch
+        values = self.evaluate() if self._evaluation_due() else {}
         self.events.add("epoch", self.step, epoch=epoch, **values)
-        shown = {"loss": losses[-1], **values} if epoch and losses else values
-        ddp.say(f"epoch {epoch}/{self.total // self.epoch}  {describe(shown)}")
-        self._draw()
+        shown = describe({**self.shown_loss, **values})
+        ddp.say(f"epoch {epoch}/{self.total // self.epoch}  {shown}")
+        if values:
+            self._draw()
 
     def _draw(self):
         if ddp.rank() == 0:

@@ -10,8 +10,9 @@ import torch
 
 from common import UserError, data, ddp, model
 
+DEVICES = ("cuda", "cpu", "mps")
 # Flags that do not change what is computed. All others are settings: they identify a run.
-RUN_FLAGS = ("out", "fresh", "max_steps", "save_minutes", "workers", "compile")
+RUN_FLAGS = ("out", "fresh", "max_steps", "save_minutes", "workers", "compile", "device")
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +36,8 @@ def number(kind, expected, valid):
 
 
 COUNT = number(int, "a whole number, 1 or more", lambda v: v >= 1)
-NATURAL = number(int, "a whole number, 0 or more", lambda v: v >= 0)
+NATURAL = number(int, "a whole number, 0 or more, below 2^32", lambda v: 0 <= v < 2 ** 32)
+SEVERAL = number(int, "2 images or more, which share batch statistics", lambda v: v >= 2)
 POSITIVE = number(float, "a number above 0", lambda v: 0 < v < math.inf)
 NON_NEGATIVE = number(float, "a number, 0 or more", lambda v: 0 <= v < math.inf)
 MOMENTUM = number(float, "a number from 0 to below 1", lambda v: 0 <= v < 1)
@@ -52,8 +54,9 @@ def parser(script, description, presets):
         help="folder of images (default: the embedded textures)")
     add("--preset", default=next(iter(presets)), choices=presets, metavar="ROW",
         help=f"row of a table of the paper: {', '.join(presets)}")
-    add("--out", metavar="DIR", help="folder of the run (default: under runs/, named after script, "
-        "data, preset and the settings given as flags)")
+    add("--out", type=number(str, "the name of a folder", bool), metavar="DIR",
+        help="folder of the run (default: under runs/, named after script, data, preset and the "
+        "settings given as flags)")
     add("--fresh", action="store_true", help="overwrite the run that --out holds")
     add("--seed", type=NATURAL, default=0, metavar="n")
     add("--epochs", type=COUNT, metavar="n")
@@ -69,6 +72,7 @@ def parser(script, description, presets):
         help="processes that read files")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
     add("--compile", action="store_true", help="use torch.compile for the encoders")
+    add("--device", choices=DEVICES, help="default: cuda if there is a GPU, else cpu")
     return flags
 
 
@@ -88,27 +92,33 @@ def settings(flags, argv, scale, scales, presets):
         defaults["epochs"] = long_epochs
     flags.set_defaults(**defaults)
     args = flags.parse_args(argv)
+    if args.crop[0] > args.crop[1]:
+        raise UserError(f"--crop {args.crop[0]:g} {args.crop[1]:g}: expected LO <= HI")
+    ratio = args.batch_size / base_batch
+    lr = base_lr * (ratio if args.scaling == "linear" else math.sqrt(ratio))
+    precision = "bf16" if has_bf16(args.device) else "fp32"
+    flags.set_defaults(lr=lr, precision=precision)
+    args = flags.parse_args(argv)
     script = flags.prog.removesuffix(".py")
     if args.out is None:
         given = {name: value for name, value in vars(args).items()
                  if name not in (*RUN_FLAGS, "data", "preset")
-                 and value != flags.get_default(name)}
-        parts = [f"{name}={value}".replace(" ", "") for name, value in given.items()]
+                 and plain(value) != plain(flags.get_default(name))}
+        parts = [f"{name}={plain(value)}" for name, value in given.items()]
         args.out = "-".join([f"runs/{script}-{scale}-{args.preset}", *parts])
-    if args.crop[0] > args.crop[1]:
-        raise UserError(f"--crop {args.crop[0]:g} {args.crop[1]:g}: expected LO <= HI")
-    if args.lr is None:
-        ratio = args.batch_size / base_batch
-        args.lr = base_lr * (ratio if args.scaling == "linear" else math.sqrt(ratio))
-    args.precision = args.precision or ("bf16" if has_bf16() else "fp32")
     args.script, args.data = script, args.data and str(Path(args.data).expanduser().resolve())
     return args
 
 
+def plain(value):
+    """A setting as text without brackets and spaces, for the name of a folder."""
+    return str(value).strip("[()]").replace(" ", "")
+
+
 def begin(flags, argv, scales, presets):
     """Join the process group, open the data, resolve the settings: `(args, dataset, device)`."""
-    path = flags.parse_args(argv).data          # reports wrong flags before anything is opened
-    device, dataset = ddp.init(), data.open_data(path)
+    first = flags.parse_args(argv)              # reports wrong flags before anything is opened
+    device, dataset = ddp.init(first.device), data.open_data(first.data)
     args = settings(flags, argv, dataset.scale, scales, presets)
     args.images = len(dataset.train)            # a setting: with other images it is another run
     return args, dataset, device
@@ -136,15 +146,15 @@ def views(args, images, n_views, run, device, drop_last=True):
                       workers=args.workers, drop_last=drop_last)
 
 
-def has_bf16():
-    """Whether the hardware computes in bf16."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+def has_bf16(device=None):
+    """Whether the hardware computes in bf16 natively. `device` as in `ddp.init`."""
+    if device == "cuda" or device is None and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     features = ("avx512_bf16", "amx_tile")
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in features)
 
 
-def check_batch(n_images, batch_size, bn_group=1):
+def check_batch(n_images, batch_size, bn_group=2):
     """Raises UserError if a batch exceeds the data set or does not divide into groups on processes.
 
     The message proposes settings that fit.
@@ -153,11 +163,10 @@ def check_batch(n_images, batch_size, bn_group=1):
     if batch_size <= n_images and batch_size % (world * bn_group) == 0:
         return
     group, flag = bn_group, ""
-    if bn_group > 1 and most < 2 * world * bn_group:
-        group = max(1, most // (2 * world))     # two groups at least, or shuffling has no effect
+    if bn_group > 2 and most < 2 * world * bn_group:
+        group = max(2, most // (2 * world))     # two groups at least, or shuffling has no effect
         flag = f"--bn-group {group} "
-    groups = f" with groups of {bn_group} images" if bn_group > 1 else ""
-    problem = f"does not divide into {world} processes{groups}"
+    problem = f"does not divide into groups of {bn_group} images on {world} process(es)"
     if batch_size > n_images:
         problem = f"larger than the data set of {n_images} images"
     raise UserError(f"--batch-size {batch_size}: {problem}; {flag}--batch-size "
@@ -165,7 +174,7 @@ def check_batch(n_images, batch_size, bn_group=1):
 
 
 def learning_rate(step, *, lr, schedule, warmup, epochs, steps_per_epoch, drops=(.6, .8)):
-    """The learning rate of a step; constant within an epoch, as MoCo releases it.
+    """The learning rate of a step; constant within an epoch, as in MoCo's released code.
 
     `cosine`: lr/2 (1 + cos(pi epoch / epochs)). `steps`: divided by 10 at each of `drops`, shares
     of the epochs (120 and 160 of 200). The first `warmup` steps grow linearly.
@@ -195,11 +204,10 @@ def embedder(module, device, precision, compiled=False):
     return embed
 
 
-LESS_MEMORY = ("fewer --workers, more processes, or a smaller --batch-size (a new run: it needs "
-               "another --out or --fresh)")
+NEW_RUN = "(a new run: it needs another --out or --fresh)"
 
 
-def launch(main, argv=None, less_memory=LESS_MEMORY):
+def launch(main, argv=None, less_memory=f"fewer --workers, or a smaller --batch-size {NEW_RUN}"):
     """Call `main(argv)` and exit with its return value as exit code.
 
     Errors that the user can fix are printed as one line, with exit code 1. `less_memory` is the

@@ -88,7 +88,7 @@ def draw(path, encoder, queue, settings, step, images):
     K, axis = len(queue), figure.add_subplot(grid[1, :])
     F = moco_v2.rank_distribution(settings["negatives"], K, settings["skew"],
                                   settings["skew_scale"])
-    ranks = moco_v2.draw_ranks(F, slice(0, QUERIES), settings["seed"], step)
+    ranks = moco_v2.draw_ranks(F, QUERIES, settings["seed"], step)
     edges = np.linspace(0, K, min(K, 64) + 1).astype(int)
     axis.hist(ranks.flatten().numpy(), edges, density=True, color="#56B4E9",
               label=f"sampled for {QUERIES} queries")

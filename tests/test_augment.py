@@ -62,7 +62,7 @@ def test_blur_equals_torchvision_on_tensors(photos):
 @pytest.mark.parametrize("area", [(.2, 1.), (.02, .1)])
 def test_crop_equals_torchvision_on_pil_images(photos, area):
     """In grey levels: PIL rounds between its two passes."""
-    boxes = augment.crop_boxes(48, 40, augment.generator(0).random((8, 22)), area)
+    boxes = augment.crop_boxes(48, 40, augment.generator("test", 0).random((8, 22)), area)
     ours = augment.crop_resize(photos, torch.from_numpy(boxes), 32) / 255
     theirs = [F.resized_crop(pil(x), *box, [32, 32], antialias=True)
               for x, box in zip(photos, boxes.tolist())]
@@ -72,7 +72,7 @@ def test_crop_equals_torchvision_on_pil_images(photos, area):
 def test_flip_and_normalisation_equal_torchvision(photos):
     stack = augment.Augment("weak", normalisation="imagenet")
     flip = torch.arange(8) % 2 == 0
-    ours = stack.transform(photos, {"flip": flip})
+    ours = stack.transform(photos, {"flip": flip.nonzero().flatten()})
     mean, std = augment.NORMALISE["imagenet"]
     flipped = [F.horizontal_flip(x) if f else x for x, f in zip(photos, flip)]
     theirs = torch.stack([F.normalize(x / 255, mean, std) for x in flipped])
@@ -81,7 +81,7 @@ def test_flip_and_normalisation_equal_torchvision(photos):
 
 def test_crops_are_drawn_as_stated():
     n, area = 40_000, (.2, 1.)
-    boxes = augment.crop_boxes(300, 400, augment.generator(1).random((n, 22)), area)
+    boxes = augment.crop_boxes(300, 400, augment.generator("test", 1).random((n, 22)), area)
     top, left, h, w = boxes.T
     assert (top >= 0).all() and (left >= 0).all()
     assert (top + h <= 300).all() and (left + w <= 400).all()
@@ -98,8 +98,13 @@ def test_crops_are_drawn_as_stated():
 
 
 def test_a_crop_is_centred_if_no_try_fits():
-    box = augment.crop_boxes(10, 1000, augment.generator(0).random((50, 22)), (.9, 1.))
+    box = augment.crop_boxes(10, 1000, augment.generator("test", 0).random((50, 22)), (.9, 1.))
     assert (box == [0, 493, 10, 13]).all()
+
+
+def mask(index, n):
+    """Indices as a mask (n,)."""
+    return torch.zeros(n, dtype=torch.bool).index_fill(0, index, True)
 
 
 @pytest.mark.parametrize("stack, jitter, gray, blur, flip", [
@@ -107,19 +112,21 @@ def test_a_crop_is_centred_if_no_try_fits():
     ("none", 0., 0., 0., 0.)])
 def test_operations_have_the_stated_frequency_and_range(stack, jitter, gray, blur, flip):
     n, strength = 20_000, (.4, .4, .4, .1)
-    draw = augment.Augment(stack, strength).draw(2, n, 0)
-    jittered = (draw["factors"] != torch.tensor([1., 1., 1., 0.])).any(2)
-    blurred = draw["sigma"] > 0
+    draws = augment.Augment(stack, strength).draw(0, n, views=2)
+    draw = {name: torch.stack([mask(draws[view, name], n) for view in (0, 1)])
+            for name in ("flip", "gray", "blur")}
+    factors = torch.stack([draws[view, "factors"] for view in (0, 1)])
+    jittered = (factors != torch.tensor([1., 1., 1., 0.])).any(2)
     for name, chosen, p in (("jitter", jittered, jitter), ("gray", draw["gray"], gray),
-                            ("blur", blurred, blur), ("flip", draw["flip"], flip)):
+                            ("blur", draw["blur"], blur), ("flip", draw["flip"], flip)):
         assert abs(chosen.float().mean() - p) <= 5 * math.sqrt(p * (1 - p) / (2 * n)), name
     for i, (low, high) in enumerate([(.6, 1.4)] * 3 + [(-.1, .1)]):
-        values = draw["factors"][..., i][jittered].numpy()
+        values = factors[..., i][jittered].numpy()
         assert not jitter or kstest(values, "uniform", (low, high - low)).pvalue > 1e-4
-    sigma = draw["sigma"][blurred].numpy()
+    sigma = torch.cat([draws[view, "sigma"] for view in (0, 1)]).numpy()
     assert not blur or kstest(sigma, "uniform", (.1, 1.9)).pvalue > 1e-4
     # The choices are independent of one another, and of those of the other view.
-    chosen = torch.stack([jittered[0], jittered[1], draw["gray"][0], blurred[0],
+    chosen = torch.stack([jittered[0], jittered[1], draw["gray"][0], draw["blur"][0],
                           draw["flip"][0], draw["flip"][1]])
     chosen = chosen[chosen.any(1) & ~chosen.all(1)].float()
     correlation = torch.corrcoef(chosen) - torch.eye(len(chosen))
@@ -131,16 +138,16 @@ def test_jitter_strength_is_that_of_table_2b():
                         (.125, (.1, .1, .1, .025))):
         assert augment.jitter_strength(s) == pytest.approx(expected)
     strong = augment.Augment("moco_v1", augment.jitter_strength(2.))
-    factors = strong.draw(1, 5000, 0)["factors"]
+    factors = strong.draw(0, 5000)[0, "factors"]
     assert factors[..., :3].min() >= 0                # as torchvision: U(max(0, 1 - b), 1 + b)
 
 
 def test_operations_come_in_the_released_order(photos):
     """One image with known parameters, operation by operation with torchvision's functions."""
     adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-    one = torch.tensor([True])
-    draw = {"flip": one, "gray": one, "sigma": torch.tensor([1.3]),
-            "factors": torch.tensor([[.7, 1.3, 1.2, .1]]), "order": torch.tensor([2, 0, 3, 1])}
+    first = torch.tensor([0])
+    draw = {"flip": first, "gray": first, "blur": first, "sigma": torch.tensor([1.3]),
+            "factors": torch.tensor([[.7, 1.3, 1.2, .1]]), "order": [2, 0, 3, 1]}
 
     def jitter(x):
         for i in (2, 0, 3, 1):
@@ -161,9 +168,10 @@ def test_operations_come_in_the_released_order(photos):
 def test_processes_take_their_rows_of_one_draw(photos):
     x = torch.stack([photos, photos.flip(0)])
     module = augment.Augment("moco_v2", seed=3)
-    whole, draws = module(x, 5), module.draw(2, 8, 5)
+    whole = module(x, 5)
     for rows in (slice(0, 4), slice(4, 8), [1, 6]):
-        for part, view in zip(module.apply(x[:, rows], draws, rows), whole, strict=True):
+        draws = module.draw(5, 8, views=2, rows=[rows, rows])
+        for part, view in zip(module.apply(x[:, rows], draws), whole, strict=True):
             torch.testing.assert_close(part, view[rows], rtol=0, atol=1e-5)
     assert torch.equal(module(x, 5)[0], whole[0])
     assert torch.equal(module(x, 5, batch=8)[0], whole[0])
@@ -184,5 +192,26 @@ def test_a_few_images_at_a_time_are_augmented_like_all_at_once(photos, monkeypat
 def test_a_process_without_images_gets_empty_views(photos):
     """Its part of a last batch that is smaller than the number of processes."""
     stack, x = augment.Augment("moco_v2"), photos.expand(2, *photos.shape)
-    views = stack.apply(x[:, :0], stack.draw(2, 1, 5), slice(0, 0))
+    draws = stack.draw(5, 1, views=2, rows=[slice(0, 0)] * 2)
+    views = stack.apply(x[:, :0], draws)
     assert [view.shape for view in views] == [(0, 3, 48, 40)] * 2
+
+
+def test_augmenting_shuffled_images_is_shuffling_augmented_ones(photos):
+    """MoCo distributes uint8 images in another order before it augments them."""
+    module, order = augment.Augment("moco_v2"), torch.randperm(8)
+    whole = module(photos[None], 5)[0]
+    draws = module.draw(5, 8, rows=[order.numpy()])
+    torch.testing.assert_close(module.apply([photos[order]], draws)[0], whole[order])
+
+
+def test_streams_of_different_purpose_or_key_differ():
+    """numpy ignores trailing zeros: without a purpose, (seed, 3) and (seed, 3, 0) would collide."""
+    keys = [("order", 0, 3), ("order", 0, 4), ("order", 3, 0), ("crops", 0, 3), ("augment", 0, 3),
+            ("shuffle", 0, 3), ("order", 0, 0)]
+    draws = {augment.generator(*key).random() for key in keys}
+    assert len(draws) == len(keys)
+    device = torch.device("cpu")
+    draws = {torch.rand((), generator=augment.device_generator(device, *key)).item()
+             for key in keys}
+    assert len(draws) == len(keys)

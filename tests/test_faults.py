@@ -580,8 +580,8 @@ def test_if_memory_runs_out_the_line_says_what_to_reduce(small, tmp_path, monkey
 
 
 @pytest.mark.parametrize("script, argv, advice", [
-    ("moco_v2", [], "a smaller --batch-size (a new run: it needs another --out or --fresh)"),
-    ("instdisc", [], "a smaller --batch-size (a new run: it needs another --out or --fresh)"),
+    ("moco_v2", [], "a smaller --batch-size or --K (a new run: it needs another --out or "),
+    ("instdisc", [], "a smaller --batch-size or --K (a new run: it needs another --out or "),
     ("simclr", [], "a smaller --chunk or --batch-size (a new run: it needs another --out or "),
     ("linear_probe", ["--train", "all"], "a smaller --batch-size (a new run: it needs another"),
     ("dip_inversion", [], None), ("tsne_aug", [], None)])

@@ -15,7 +15,7 @@ import linear_probe
 import moco_v2
 import simclr
 from common import UserError, ddp, run, train
-from common.model import Encoder, GroupBatchNorm2d, head, resnet
+from common.model import Encoder, GroupBatchNorm2d, SmallConv2d, head, resnet
 
 CPU = torch.device("cpu")
 
@@ -110,7 +110,8 @@ def test_five_steps_equal_the_released_algorithm():
         # Both momentum encoders as they compute the keys of this step.
         for p, r in zip(moco.encoder_k.parameters(), released.k.parameters(), strict=True):
             assert close(p, r, 1e-9)
-        loss = moco_v2.train_step(moco, optimizer, x1, x2, permutation, step)
+        loss = moco_v2.train_step(moco, optimizer, x1, moco_v2.shuffle(x2, permutation),
+                                  permutation, step)
         assert abs(loss - expected) < 1e-9
         for p, r in zip(moco.encoder_q.parameters(), gradients, strict=True):
             assert close(p.grad, r, 1e-9)
@@ -122,11 +123,13 @@ def test_five_steps_equal_the_released_algorithm():
 def test_shuffling_works_in_one_process():
     moco, _ = in_double(settings())
     _, x2, permutation = images(0)
-    in_order = moco.encode_keys(x2, torch.arange(16))
-    shuffled = moco.encode_keys(x2, permutation)
+
+    def keys(permutation):
+        return moco.encode_keys(moco_v2.shuffle(x2, permutation), permutation)
+    in_order, shuffled = keys(torch.arange(16)), keys(permutation)
     assert .01 < (shuffled - in_order).abs().max()              # other groups, other statistics
     within = torch.cat([torch.randperm(4) + 4 * i for i in range(4)])
-    torch.testing.assert_close(moco.encode_keys(x2, within), in_order)      # same groups
+    torch.testing.assert_close(keys(within), in_order)          # same groups
 
 
 @pytest.mark.parametrize("K, batch", [(10, 4), (12, 4), (3, 4), (4, 4), (9, 4)])
@@ -233,6 +236,25 @@ def test_running_statistics_move_once_by_the_mean_over_groups():
     torch.testing.assert_close(grouped.running_var, .9 + .1 * groups.var(2).mean(0))
 
 
+@pytest.mark.parametrize("kernel, padding", [(1, 0), (3, 1), (7, 3)])
+def test_leaving_out_weights_that_only_see_padding_changes_nothing(kernel, padding):
+    """Values and gradients of all parameters, in float64, for images from 1 to 5 pixels."""
+    for stride in (1, 2):
+        for height, width in ((1, 1), (1, 2), (2, 2), (3, 1), (4, 3), (5, 5)):
+            torch.manual_seed(0)
+            plain = torch.nn.Conv2d(3, 4, kernel, stride, padding).double()
+            small = copy.deepcopy(plain)
+            small.__class__ = SmallConv2d
+            x = torch.randn(2, 3, height, width, dtype=torch.float64)
+            outs = [layer(x) for layer in (plain, small)]
+            torch.testing.assert_close(*outs, rtol=1e-12, atol=1e-12)
+            for layer, out in zip((plain, small), outs, strict=True):
+                out.square().sum().backward()
+            for a, b in zip(plain.parameters(), small.parameters(), strict=True):
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+    assert small._used(0, 1) == (padding, padding + 1)          # one row touches a 1x1 image
+
+
 def three_steps(folder):
     """Three steps with a trained and a fixed head, and with hard negatives.
 
@@ -246,9 +268,9 @@ def three_steps(folder):
         for step in range(3):
             x1, x2, permutation = images(step)
             if kind == "hard":
-                ranks = moco_v2.draw_ranks(F_hard, mine, 0, step)
-            loss = moco_v2.train_step(moco, optimizer, x1[mine], x2[mine], permutation, step,
-                                      ranks)
+                ranks = moco_v2.draw_ranks(F_hard, 16, 0, step)
+            x2 = moco_v2.shuffle(x2[mine], permutation)
+            loss = moco_v2.train_step(moco, optimizer, x1[mine], x2, permutation, step, ranks)
         ddp.average_buffers(moco.encoder_q)
         seen[kind] = {
             "grad": [p.grad for p in moco.encoder_q.parameters() if p.requires_grad],
@@ -353,7 +375,7 @@ def test_the_folder_of_a_run_names_what_was_given_and_differs():
     given = resolved("--seed", 1, "--preset", "table3a", "--K", 512, "--workers", 3, "--fresh",
                      scale="cifar10")
     assert given.out == "runs/moco_v2-cifar10-table3a-seed=1-K=512"
-    assert resolved("--crop", ".2", ".5").out == "runs/moco_v2-imagenet-table1-crop=[0.2,0.5]"
+    assert resolved("--crop", ".2", ".5").out == "runs/moco_v2-imagenet-table1-crop=0.2,0.5"
     assert resolved("--K", 512, "--out", "there").out == "there"
 
 

@@ -146,18 +146,19 @@ def test_the_first_loss_is_that_of_the_released_bank():
     torch.manual_seed(0)
     similarity, index = unit(torch.randn(256, 128)) @ memory.T / .07, torch.arange(256)
     for K, expected in ((4096, 10.02), (512, 8.14)):
-        draws = instdisc.draw_negatives(n, K, slice(0, 256), 0, 0)
+        draws = instdisc.draw_negatives(n, K, 256, 0, 0, CPU)
         loss = instdisc.nce_loss(similarity, index, draws, torch.zeros(()), step=0)
         assert abs(loss - expected) < .35
 
 
-def test_negatives_are_uniform_and_depend_only_on_seed_step_and_row():
-    draws = instdisc.draw_negatives(40, 3000, slice(0, 8), 0, 7)
+def test_negatives_are_uniform_and_depend_only_on_seed_step_and_row(monkeypatch):
+    draws = instdisc.draw_negatives(40, 3000, 8, 0, 7, CPU)
     share = torch.bincount(draws.flatten(), minlength=40) / draws.numel()
     assert (share - 1 / 40).abs().max() < .003
-    assert torch.equal(draws[2:5], instdisc.draw_negatives(40, 3000, slice(2, 5), 0, 7))
     assert not torch.equal(draws[0], draws[1])
     assert draws.min() == 0 and draws.max() == 39
+    monkeypatch.setattr(ddp, "rows", lambda n: slice(2, 5))     # as in another process
+    assert torch.equal(draws[2:5], instdisc.draw_negatives(40, 3000, 8, 0, 7, CPU))
 
 
 def test_the_bank_moves_by_its_momentum():
@@ -183,8 +184,8 @@ def steps_of_instdisc():
     encoder, memory, Z, optimizer = instdisc.build(s, CPU)
     memory, Z, embed = memory.double(), Z.double(), ddp.wrap(encoder.double())
     for step in range(2):
-        index = torch.from_numpy(augment.generator(step).permutation(30)[:16].copy())[mine]
-        draws = instdisc.draw_negatives(30, 12, mine, 0, step)
+        index = torch.from_numpy(augment.generator("test", step).permutation(30)[:16].copy())[mine]
+        draws = instdisc.draw_negatives(30, 12, 16, 0, step, CPU)
         loss = instdisc.train_step(embed, memory, Z, optimizer, views(step)[0, mine], index, draws,
                                    step, instdisc.LOSSES["nce"], .2, .5, .1)
     return encoder, loss, {"memory": memory, "Z": Z}
@@ -329,13 +330,14 @@ def test_simclrs_head_augmentation_and_schedule_are_the_released_ones():
         assert all(m.bias is None for m in g if isinstance(m, nn.Linear))
         assert g[0].bias is None and not g[-1].bias.requires_grad and g[1].bias.requires_grad
     stack = augment.Augment("simclr", augment.jitter_strength(1.))
-    for view in stack.draw(2, 500, 0)["sigma"]:
-        assert len(set(view[view > 0].tolist())) == 1           # one sigma per batch and view
-        assert .4 < (view > 0).float().mean() < .6
+    draws = stack.draw(0, 500, views=2)
+    for view in (0, 1):
+        assert len(set(draws[view, "sigma"].tolist())) == 1     # one sigma per batch and view
+        assert .4 < len(draws[view, "blur"]) / 500 < .6
     # Zero border and 2 x (size // 20) + 1 taps: a white image gets darker only near its edge.
-    one = torch.tensor([True])
-    draw = {"flip": ~one, "gray": ~one, "sigma": torch.tensor([2.]),
-            "factors": torch.tensor([[1., 1., 1., 0.]]), "order": torch.arange(4)}
+    none = torch.tensor([], dtype=torch.int64)
+    draw = {"flip": none, "gray": none, "blur": torch.tensor([0]), "sigma": torch.tensor([2.]),
+            "factors": torch.tensor([[1., 1., 1., 0.]]), "order": [0, 1, 2, 3]}
     white = torch.full((1, 3, 60, 60), 255, dtype=torch.uint8)
     x = augment.Augment("simclr", normalisation="unit").transform(white, draw)
     assert x.max() == pytest.approx(1, abs=1e-5)
@@ -378,7 +380,7 @@ def log_counts(negatives, ranks):
 def test_hard_negatives_are_sorted_by_similarity_and_sampled_by_rank(kind):
     """Loss and gradients of the step against a literal loop and against log counts, to 1e-10."""
     N, K, t = 6, 50, .2
-    ranks = moco_v2.draw_ranks(moco_v2.rank_distribution(kind, K, 4., .25), slice(0, N), 0, 3)
+    ranks = moco_v2.draw_ranks(moco_v2.rank_distribution(kind, K, 4., .25), N, 0, 3)
     x1, x2 = torch.randn(2, N, 3, 2, 2, dtype=torch.float64,
                          generator=torch.Generator().manual_seed(0))
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).double()
@@ -404,7 +406,9 @@ def test_hard_negatives_are_sorted_by_similarity_and_sampled_by_rank(kind):
         return info_nce(positive, negatives + t * log_counts(negatives.detach(), ranks), t)
     agree(counted, loop, weight)
     optimizer = torch.optim.SGD(encoder.parameters(), 0.)
-    loss = moco_v2.train_step(moco, optimizer, x1, x2, torch.randperm(N), 0, ranks)
+    order = torch.randperm(N)
+    x2_shuffled = moco_v2.shuffle(x2, order)
+    loss = moco_v2.train_step(moco, optimizer, x1, x2_shuffled, order, 0, ranks)
     leaf = weight.requires_grad_()
     expected = loop(leaf)
     gradient, = torch.autograd.grad(expected, leaf)
@@ -415,7 +419,7 @@ def test_hard_negatives_are_sorted_by_similarity_and_sampled_by_rank(kind):
 def test_ranks_follow_the_truncated_skew_normal():
     K, a, w = 4096, 4., .25
     F_hard = moco_v2.rank_distribution("hard", K, a, w)
-    ranks = moco_v2.draw_ranks(F_hard, slice(0, 64), 0, 0).numpy().ravel()
+    ranks = moco_v2.draw_ranks(F_hard, 64, 0, 0).numpy().ravel()
     assert ranks.min() >= 0 and ranks.max() < K
     low, high = skewnorm.cdf([0, K], a, scale=w * K)
     # Nearly uniform within a rank.
@@ -426,20 +430,21 @@ def test_ranks_follow_the_truncated_skew_normal():
     assert kstest(sample, truncated).pvalue > 1e-3
     assert abs(np.median(ranks) / K - .17) < .02 and abs(np.quantile(ranks, .95) / K - .49) < .02
     F_hardest = moco_v2.rank_distribution("hardest", K, a, w)
-    assert moco_v2.draw_ranks(F_hardest, slice(0, 4), 0, 0).max() == math.ceil(K / 10) - 1
+    assert moco_v2.draw_ranks(F_hardest, 4, 0, 0).max() == math.ceil(K / 10) - 1
     assert moco_v2.rank_distribution("queue", K, a, w) is None
     with pytest.raises(UserError, match="--skew -1e.07 --skew-scale 0.25: no rank of the queue is "
                                         "left to sample; try 4 and .25"):
         moco_v2.rank_distribution("hard", K, -1e7, .25)
 
 
-def test_ranks_depend_only_on_seed_step_and_row():
+def test_ranks_depend_only_on_seed_step_and_row(monkeypatch):
     F_random = moco_v2.rank_distribution("random", 100, 4., .25)
-    ranks = moco_v2.draw_ranks(F_random, slice(0, 8), 0, 7)
+    ranks = moco_v2.draw_ranks(F_random, 8, 0, 7)
     assert ranks.shape == (8, 100)
-    assert torch.equal(ranks[2:5], moco_v2.draw_ranks(F_random, slice(2, 5), 0, 7))
     assert not torch.equal(ranks[0], ranks[1])
-    assert not torch.equal(ranks, moco_v2.draw_ranks(F_random, slice(0, 8), 0, 8))
+    assert not torch.equal(ranks, moco_v2.draw_ranks(F_random, 8, 0, 8))
+    monkeypatch.setattr(ddp, "rows", lambda n: slice(2, 5))     # as in another process
+    assert torch.equal(ranks[2:5], moco_v2.draw_ranks(F_random, 8, 0, 7))
 
 
 def test_the_images_in_the_queue_are_known():

@@ -39,7 +39,7 @@ def call(*argv):
 def test_every_command_is_printed_and_parses(capsys, monkeypatch, gpus):
     """At all three scales, with torchrun where there are GPUs; nothing runs."""
     monkeypatch.setattr(reproduce.subprocess, "run", None)
-    monkeypatch.setattr(train, "has_bf16", lambda: True)
+    monkeypatch.setattr(train, "has_bf16", lambda device=None: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     call("all", "--dry-run", "--seeds", "0", "1")
