@@ -1,9 +1,9 @@
 """Evaluation: what frozen features know (Sec. 2), and the supervised rows of Table 2 (Sec. 4).
 
-The paper's protocol: the encoder f is frozen, its head is discarded, and a linear classifier on
-h = f(x) is trained by SGD on crops and flips (He et al. 2020, Sec. 4.1). `--feature` probes what
-the head makes of h. `--quick` takes seconds: logistic regression on features of un-augmented
-images. `--train all` trains f too, from random weights: the supervised rows.
+The paper freezes the encoder f, discards its head and trains a linear classifier on h = f(x) by SGD
+on crops and flips (He et al. 2020, Sec. 4.1). `--feature` probes what the head makes of h. With
+`--quick`, it is a logistic regression on features of whole images, in seconds. `--train all` trains
+f too, from random weights: the supervised rows.
 
     torchrun --nproc_per_node=8 linear_probe.py IMAGENET --encoder FILE
     python linear_probe.py                              # the newest checkpoint under runs/
@@ -59,10 +59,7 @@ def train_step(logits_of, optimizer, x, y, batch):
 
 @torch.no_grad()
 def test(model, dataset, **options):
-    """Top-1, top-5 in percent and confusion matrix (true, predicted; None above 20 classes).
-
-    All test images count once; `options` as in `evaluate.features`.
-    """
+    """Top-1, top-5 in percent and confusion matrix (true, predicted; None above 20 classes)."""
     h = evaluate.features(model, dataset.test, **options)
     logits = model.g(h)                                         # (n, classes), in float32
     y, classes = dataset.test.labels.to(h.device), logits.shape[1]
@@ -121,9 +118,8 @@ PRESETS = {
 def flags():
     parser = train.parser("linear_probe", __doc__, PRESETS)
     add = parser.add_argument
-    add("--encoder", nargs="+", metavar="FILE", help="a checkpoint of these scripts, FAIR's MoCo, "
-        "torchvision's weights; torchvision[:NAME] (downloads); or `random`. Several with --quick "
-        "(default: the newest checkpoint under runs/)")
+    add("--encoder", nargs="+", metavar="FILE", help="checkpoint of ours, FAIR's or torchvision's; "
+        "torchvision[:NAME]; random; several with --quick (default: the newest under runs/)")
     add("--feature", choices=("h", "hidden", "z"), default="h", help="what is probed; paper: h")
     add("--quick", action="store_true", help="kNN and logistic regression on frozen features")
     add("--train", choices=("linear", "all"), default="linear", help="all: supervised training")
@@ -136,8 +132,7 @@ def check(args):
     if args.train == "linear" and args.preset != "probe":
         raise UserError(f"--preset {args.preset}: a supervised row; it needs --train all")
     if args.train == "all" and (args.encoder or args.quick or args.feature != "h"):
-        raise UserError("--train all starts from random weights: it excludes --encoder, --quick "
-                        "and --feature")
+        raise UserError("--train all starts anew: it excludes --encoder, --quick and --feature")
     if len(args.encoder or []) > 1 and not args.quick:
         raise UserError("--encoder: expected one, or several with --quick")
 
@@ -147,8 +142,7 @@ def newest_checkpoint():
     found = Path("runs").glob("*/checkpoint.pt")
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
-        raise UserError("no checkpoint under runs/: train one (python moco_v2.py), or name one "
-                        "with --encoder")
+        raise UserError("no checkpoint under runs/: run moco_v2.py, or name one with --encoder")
     ddp.say(f"encoder: {newest}, the newest under runs/")
     return str(newest)
 
@@ -163,11 +157,10 @@ def read_encoders(args):
     if "random" in names:
         arch = args.arch or saved.get("arch") or scale["arch"]
         found["random"] = load_encoder("random", arch, args.seed)
-    encoders = []
+    encoders, missing = [], {"scale": dataset.scale, "size": scale["size"]}
     for name in names:
-        encoder, settings = found[name]
+        encoder, settings = found[name][0], {**missing, **found[name][1]}
         encoder.check_feature(args.feature)
-        settings = {"scale": dataset.scale, "size": scale["size"], **settings}
         encoders.append((name, encoder, {"normalisation": settings["scale"], **settings}))
     return encoders, dataset
 
@@ -208,14 +201,11 @@ def prepare_probe(argv, first):
     n = len(dataset.train)
     if args.batch_size > n:
         args.lr, args.batch_size = args.lr * n / args.batch_size, n
-        ddp.say(f"note: batch size {n}, the whole data set; learning rate {args.lr:g} by the "
-                "linear rule")
-    args.encoder, folder = name, f"linear_probe-{dataset.scale}-{name.replace(':', '-')}"
-    out = Path(f"runs/{folder}-{args.feature}")
+        ddp.say(f"note: batch size {n}, all images; learning rate {args.lr:g} by the linear rule")
+    args.encoder = name
     if Path(name).is_file():
-        args.encoder = str(Path(name).resolve())
-        out = Path(name).parent / ("probe" if args.feature == "h" else f"probe-{args.feature}")
-    args.out = first.out or str(out)
+        folder = "probe" if args.feature == "h" else f"probe-{args.feature}"
+        args.encoder, args.out = str(Path(name).resolve()), first.out or Path(name).parent / folder
     if Path(args.out).resolve() == Path(name).resolve().parent:
         raise UserError(f"--out {args.out}: holds the encoder that is probed; choose another")
     return args, dataset, Frozen(encoder, args.feature)
@@ -231,10 +221,7 @@ def prepare_supervised(argv, first):
 
 
 def build(args, device, frozen=None):
-    """`(model, logits_of, optimizer)`: f and classifier, how a step calls them, what is trained.
-
-    With `frozen`, the classifier only, drawn from N(0, .01); else f too. Initialised from the seed.
-    """
+    """`(model, logits_of, optimizer)`; with `frozen`, only the classifier is trained."""
     torch.manual_seed(args.seed)
     f = frozen or resnet(args.arch, args.bn_group)
     model = Encoder(f, head("none", f.width, args.classes))
@@ -250,8 +237,7 @@ def build(args, device, frozen=None):
     else:
         logits_of = train.embedder(ddp.wrap(model), device, args.precision, args.compile)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, args.lr, momentum=.9, weight_decay=args.weight_decay,
-                                fused=True)
+    optimizer = torch.optim.SGD(trained, args.lr, .9, weight_decay=args.weight_decay, fused=True)
     return model, logits_of, optimizer
 
 
@@ -280,8 +266,8 @@ def main(argv=None):
               **train.run_options(args, steps_per_epoch, device))
     if frozen:
         few = evaluate.features(model, evaluate.thin(dataset.test, 256), **options)
-        ddp.say(f"mean length of {args.feature}: {few.norm(dim=1).mean():.2f}; the longer, the "
-                "smaller the --lr that works")
+        length = few.norm(dim=1).mean()
+        ddp.say(f"mean length of {args.feature}: {length:.2f}; long ones need a small --lr")
     augmented = augment.Augment(args.stack, augment.jitter_strength(args.jitter), args.blur,
                                 args.normalisation, args.seed).to(device)
     learning_rate = functools.partial(
@@ -294,7 +280,7 @@ def main(argv=None):
         batch = min(args.batch_size, args.images - done)        # an epoch's last may be smaller
         draws = ddp.send({**augmented.draw(step, batch), "index": index}, device)
         index = draws.pop("index")
-        x, = augmented.apply(x, draws)                                # (N, 3, H, W)
+        x, = augmented.apply(x, draws)                          # (N, 3, H, W)
         lr = train.set_lr(optimizer, learning_rate(step))
         loss = train_step(logits_of, optimizer, x, labels[index], batch)
         run.log(loss, lr=lr)
@@ -321,11 +307,9 @@ def draw_confusion(path, confusion, classes):
     from matplotlib.figure import Figure                        # slow to import
     share = (100 * confusion / confusion.sum(1, keepdim=True)).numpy()
     axis = Figure(figsize=(7, 6.2), layout="constrained").subplots()
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=200)          # pale enough for black text
     for (i, j), value in np.ndenumerate(share):
-        if value >= 1:
-            axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8,
-                      color="white" if value > 55 else "black")
+        axis.text(j, i, f"{value:.0f}" if value >= 1 else "", ha="center", va="center", fontsize=8)
     axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axis.set_yticks(range(len(classes)), classes)
     axis.set(xlabel="predicted class", ylabel="true class", title="predictions per class, %")

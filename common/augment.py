@@ -22,12 +22,13 @@ NORMALISE = {"imagenet": ((.485, .456, .406), (.229, .224, .225)),
              "unit": ((0., 0., 0.), (1., 1., 1.))}              # none: SimCLR
 # What follows the random resized crop: operation and probability, in the released order.
 STACKS = {
-    "moco_v1": (("gray", .2), ("jitter", 1.), ("flip", .5)),    # He et al. 2020
-    "moco_v2": (("jitter", .8), ("gray", .2), ("blur", .5), ("flip", .5)),      # Chen et al. 2020c
-    "simclr": (("flip", .5), ("jitter", .8), ("gray", .2), ("blur", .5)),       # Chen et al. 2020a
-    "instdisc_cifar10": (("jitter", 1.), ("gray", .2)),         # Wu et al. 2018; ImageNet: moco_v1
-    "weak": (("flip", .5),),                                    # supervised, linear probe
-    "none": ()}
+    "moco_v1": {"gray": .2, "jitter": 1., "flip": .5},          # He et al. 2020
+    "moco_v2": {"jitter": .8, "gray": .2, "blur": .5, "flip": .5},              # Chen et al. 2020c
+    "simclr": {"flip": .5, "jitter": .8, "gray": .2, "blur": .5},               # Chen et al. 2020a
+    "instdisc_cifar10": {"jitter": 1., "gray": .2},             # Wu et al. 2018; ImageNet: moco_v1
+    "weak": {"flip": .5},                                       # supervised, linear probe
+    "none": {}}
+CHOICES = ("blur", "flip", "gray")                              # operations of some images
 GRAY = (.2989, .587, .114)                                      # ITU-R 601, as in PIL
 BLUR_SIGMA = (.1, 2.)                                           # pixels
 BLUR_RADIUS = 8                                                 # pixels: 4 sigma
@@ -77,6 +78,12 @@ def crop_boxes(height, width, u, area, ratio=(3 / 4, 4 / 3)):
     return np.stack([top, left, h, w], 1).astype(np.int64)
 
 
+def resize(image, size):
+    """Antialiased bilinear resizing: (3, H, W) uint8 -> (3, *size) uint8."""
+    image = image[None].contiguous(memory_format=torch.channels_last)   # fastest in this layout
+    return F.interpolate(image, size=size, mode="bilinear", antialias=True)[0]
+
+
 def _resize_weights(start, length, source, size):
     """The antialiased bilinear filter of torchvision's resize, (n, size, source)."""
     start, end = start[:, None, None], (start + length)[:, None, None]
@@ -102,8 +109,10 @@ def crop_resize(images, boxes, size):
     return x.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _gray(x):
-    return GRAY[0] * x[:, 0] + GRAY[1] * x[:, 1] + GRAY[2] * x[:, 2]            # (n, H, W)
+def grayscale(x):
+    """(n, 3, H, W) -> (n, 1, H, W)"""
+    red, green, blue = x.split(1, 1)
+    return GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue
 
 
 def _blend(x, other, factor):
@@ -117,12 +126,11 @@ def brightness(x, factor):
 
 
 def contrast(x, factor):
-    mean = _gray(x.mean((2, 3), keepdim=True))                                  # (n, 1, 1)
-    return _blend(x, mean[:, None], factor)
+    return _blend(x, grayscale(x.mean((2, 3), keepdim=True)), factor)
 
 
 def saturation(x, factor):
-    return _blend(x, _gray(x)[:, None], factor)
+    return _blend(x, grayscale(x), factor)
 
 
 def hue(x, shift):
@@ -144,10 +152,6 @@ def hue(x, shift):
 
 
 JITTER = (brightness, contrast, saturation, hue)
-
-
-def grayscale(x):
-    return _gray(x)[:, None].expand_as(x)
 
 
 def blur(x, sigma, radius=BLUR_RADIUS, border="reflect"):
@@ -172,28 +176,29 @@ class Augment(nn.Module):
     def __init__(self, stack, jitter=jitter_strength(.5), blur=True, normalisation="imagenet",
                  seed=0):
         super().__init__()
-        self.operations = tuple((name, p) for name, p in STACKS[stack] if blur or name != "blur")
+        self.operations = dict(STACKS[stack])
+        if not blur:
+            self.operations.pop("blur", None)
         self.jitter, self.seed = jitter, seed
         # SimCLR draws one sigma per batch and view, and pads with zeros.
         self.simclr = stack == "simclr"
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in NORMALISE[normalisation])
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
         self._sample = functools.lru_cache(maxsize=1)(self._sample)
 
     def _sample(self, step, batch, views):
         """The parameters of a global batch: a dict of arrays (views, batch, ...)."""
-        rng, p, shape = generator("augment", self.seed, step), dict(self.operations), (views, batch)
-        chance = rng.random((4, *shape))
+        rng, shape = generator("augment", self.seed, step), (views, batch)
+        chance = dict(zip(("jitter", "blur", "flip", "gray"), rng.random((4, *shape))))
+        chosen = {name: chance[name] < self.operations.get(name, 0) for name in chance}
         width = np.array(self.jitter)
         low, high = 1 - width, 1 + width                        # factors are uniform in between
         low[:3] = np.maximum(0, low[:3])
         factors = rng.uniform(low, high, (*shape, 4)) - (0, 0, 0, 1)
-        factors[chance[0] >= p.get("jitter", 0)] = (1, 1, 1, 0)
+        factors[~chosen.pop("jitter")] = (1, 1, 1, 0)
         sigma = rng.uniform(*BLUR_SIGMA, (views, 1) if self.simclr else shape)
-        return {"flip": chance[2] < p.get("flip", 0), "gray": chance[3] < p.get("gray", 0),
-                "blur": chance[1] < p.get("blur", 0),
-                "sigma": np.broadcast_to(sigma, shape).astype(np.float32),
+        return {**chosen, "sigma": np.broadcast_to(sigma, shape).astype(np.float32),
                 "factors": factors.astype(np.float32),
                 "order": [rng.permutation(4).tolist() for _ in range(views)]}
 
@@ -201,19 +206,16 @@ class Augment(nn.Module):
         """The parameters of this process's images in a global batch: {(view, name): tensor}.
 
         `rows` are its images, a slice or indices, for each view (default: `ddp.rows(batch)`).
-        `flip`, `gray` and `blur` are indices of images; `sigma` (of the blurred ones) is in pixels.
-        `factors` (n, 4) holds brightness, contrast, saturation (1 for none) and hue in turns (0 for
-        none). `order` is that of the jitter, as a list.
+        `flip`, `gray` and `blur` are indices of images; `sigma` (n,) is in pixels. `factors` (n, 4)
+        holds brightness, contrast, saturation (1 for none) and hue in turns (0 for none). `order`
+        is that of the jitter, as a list.
         """
         sample, draws = self._sample(step, batch, views), {}
-        rows = rows or [ddp.rows(batch)] * views
-        for view, own in enumerate(rows):
-            index = {name: np.flatnonzero(sample[name][view, own])
-                     for name in ("flip", "gray", "blur")}
-            arrays = {**index, "sigma": sample["sigma"][view, own][index["blur"]],
-                      "factors": sample["factors"][view, own]}
-            for name, array in arrays.items():
-                draws[view, name] = torch.from_numpy(array)
+        for view, own in enumerate(rows or [ddp.rows(batch)] * views):
+            for name in CHOICES:
+                draws[view, name] = torch.from_numpy(np.flatnonzero(sample[name][view, own]))
+            for name in ("sigma", "factors"):
+                draws[view, name] = torch.from_numpy(sample[name][view, own])
             draws[view, "order"] = sample["order"][view]
         return draws
 
@@ -232,35 +234,36 @@ class Augment(nn.Module):
 
     def _view(self, x, draw):
         # On a CPU, a few images at a time, which fit in its cache: nearly twice as fast.
-        size = max(1, CACHED // x[:1].numel()) if x.device.type == "cpu" and len(x) else len(x)
-        if size >= len(x):
+        size = max(1, CACHED // max(1, x[:1].numel()))
+        if x.device.type != "cpu" or len(x) <= size:
             return self.transform(x, draw)
-        out = torch.empty(x.shape, memory_format=torch.channels_last)
+        out = []
         for start in range(0, len(x), size):
-            part = {"order": draw["order"], "factors": draw["factors"][start:start + size]}
-            for name in ("flip", "gray", "blur"):
-                inside = (draw[name] >= start) & (draw[name] < start + size)
-                part[name] = draw[name][inside] - start
-                if name == "blur":
-                    part["sigma"] = draw["sigma"][inside]
-            out[start:start + size] = self.transform(x[start:start + size], part)
-        return out
+            end = start + size
+            part = {"order": draw["order"], "sigma": draw["sigma"][start:end],
+                    "factors": draw["factors"][start:end]}
+            for name in CHOICES:
+                index = draw[name]
+                part[name] = index[(start <= index) & (index < end)] - start
+            out.append(self.transform(x[start:end], part))
+        return torch.cat(out)
 
     def transform(self, x, draw):
         """One view (n, 3, H, W) uint8 with its own parameters {name: tensor} -> float32."""
         x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        for name, _ in self.operations:
-            index = draw.get(name)
+        for name in self.operations:
             if name == "jitter":
                 for i in draw["order"]:
                     x = JITTER[i](x, draw["factors"][:, i])
-            elif not len(index):
                 continue
-            elif name == "gray":
+            index = draw[name]
+            if not len(index):
+                continue
+            if name == "gray":
                 x[index] = grayscale(x[index])
             elif name == "flip":
                 x[index] = x[index].flip(3)
             else:
                 simclr = (x.shape[3] // 20, "constant") if self.simclr else ()  # 23 taps at 224
-                x[index] = blur(x[index], draw["sigma"], *simclr)
+                x[index] = blur(x[index], draw["sigma"][index], *simclr)
         return x.sub_(self.mean).div_(self.std).to(memory_format=torch.channels_last)

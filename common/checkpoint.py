@@ -1,11 +1,11 @@
-"""Checkpoints: atomic writing, checked reading, and weights from elsewhere.
+"""Checkpoints: atomic writing, checked reading, a lock, and weights from elsewhere.
 
 Nothing that is read can run code (`weights_only`), and checksums are verified.
 """
 
-import contextlib
 import os
 import pickle
+import platform
 import re
 import shutil
 import zipfile
@@ -24,6 +24,31 @@ class Damaged(UserError):
     """A file that cannot be read as a checkpoint."""
 
 
+def lock(folder):
+    """Create and lock `folder`, for as long as the returned file is open.
+
+    Raises UserError if it cannot be written or is locked by another process.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").touch()
+        file = (folder / "lock").open("a+")
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror})")
+    try:
+        import fcntl                                            # not on Windows
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"--out {folder}: in use by {file.read() or 'another process'}; choose "
+                        "another --out or stop it")
+    except (ImportError, OSError):                              # a file system without locks
+        pass
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
+
+
 def save(path, step, settings, state):
     """Write a checkpoint atomically; the one before it stays as previous.pt.
 
@@ -40,8 +65,7 @@ def save(path, step, settings, state):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError on a full disk
         free = shutil.disk_usage(path.parent).free / 2 ** 20
-        with contextlib.suppress(OSError):
-            new.unlink()
+        new.unlink(missing_ok=True)
         raise UserError(
             f"{new}: cannot save step {step}, with {free:.0f} MiB free: free some space and run "
             "the same command again; it continues from the last checkpoint "
@@ -69,40 +93,27 @@ def newest(path):
     return None, None, None
 
 
-def make_current(path, where):
-    """Move the intact checkpoint `where` to `path`; a damaged one there becomes damaged.pt."""
-    if where != path:
-        if path.exists():
-            os.replace(path, path.with_name("damaged.pt"))
-        os.replace(where, path)
-
-
-def remove(path):
-    """Delete the checkpoint `path` and its previous.pt."""
-    for file in (path, path.with_name("previous.pt")):
-        file.unlink(missing_ok=True)
-
-
 def read(path, content):
     """A checkpoint as a dict, on the CPU, without running any code that it may contain.
 
     Raises UserError if the file is missing, would run code, or lacks an entry of `content`
     {name: type}; Damaged if it cannot be read or its checksums are wrong.
     """
-    checkpoint = _load(path)
-    complete = isinstance(checkpoint, dict) and all(
-        isinstance(checkpoint.get(name), kind) for name, kind in content.items())
-    if not complete:
+    saved = _load(path)
+    if not all(isinstance(saved.get(name), kind) for name, kind in content.items()):
         raise UserError(f"{path}: not the expected checkpoint (it lacks one of "
                         f"{', '.join(content)})")
-    return checkpoint
+    return saved
 
 
 def _load(path):
+    """The dict in a file; errors as in `read`."""
     try:
         # torch.load does not verify the checksums of the archive.
         if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(saved, dict):
+                return saved
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected the checkpoint.pt of a training script")
     except IsADirectoryError:
@@ -128,13 +139,13 @@ def load_state(module, state, what):
     Raises UserError with `what` and the name of the first tensor that does not fit.
     """
     expected = module.state_dict()
-    for name, tensor in expected.items():
+    for name in {**expected, **state}:
+        tensor = f"{what}: tensor {name}"
         if name not in state:
-            raise UserError(f"{what}: tensor {name} is missing")
-        _check_shape(state[name], tensor, f"{what}: tensor {name}")
-    for name in state:
+            raise UserError(f"{tensor} is missing")
         if name not in expected:
-            raise UserError(f"{what}: tensor {name} does not belong to this network")
+            raise UserError(f"{tensor} does not belong to this network")
+        _check_shape(state[name], expected[name], tensor)
     module.load_state_dict(state)
 
 
@@ -150,29 +161,29 @@ def restore(saved, state):
     Raises UserError with the name of the first part that is missing or does not fit.
     """
     for name, part in state.items():
+        what, found = f"checkpoint: {name}", saved.get(name)
         kind = torch.Tensor if isinstance(part, torch.Tensor) else dict
-        if not isinstance(saved.get(name), kind):
-            raise UserError(f"checkpoint: {name} is missing or not a {kind.__name__.lower()}")
+        if not isinstance(found, kind):
+            raise UserError(f"{what} is missing or not a {kind.__name__.lower()}")
         if isinstance(part, nn.Module):
-            load_state(part, saved[name], f"checkpoint: {name}")
+            load_state(part, found, what)
         elif isinstance(part, torch.Tensor):
-            _check_shape(saved[name], part, f"checkpoint: {name}")
-            part.copy_(saved[name])
-        elif not _load_optimizer(part, saved[name]):
-            raise UserError(f"checkpoint: {name} belongs to another network or method")
+            _check_shape(found, part, what)
+            part.copy_(found)
+        else:
+            _load_optimizer(part, found, what)
 
 
-def _load_optimizer(optimizer, saved):
+def _load_optimizer(optimizer, state, what):
     try:
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(state)
         for group in optimizer.param_groups:
             for p in group["params"]:
-                buffers = [v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
-                if not buffers or any(v.ndim and v.shape != p.shape for v in buffers):
-                    return False
+                shapes = {buffer.shape for buffer in optimizer.state[p].values()}
+                if not shapes or shapes - {p.shape, torch.Size()}:
+                    raise ValueError("not the state of this parameter")
     except (ValueError, KeyError, TypeError, AttributeError):   # what torch raises for bad states
-        return False
-    return True
+        raise UserError(f"{what} belongs to another network or method")
 
 
 def load_encoder(path, arch=None, seed=0):
@@ -200,44 +211,43 @@ def load_encoder(path, arch=None, seed=0):
             raise UserError(f"--encoder {path}: expected torchvision:NAME, NAME one of "
                             f"{', '.join(ARCHS[1:])}")
         weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-        saved = weights.get_state_dict(progress=True, weights_only=True)
+        saved = weights.get_state_dict(weights_only=True)
     else:
         saved = _load(path)
-    if not isinstance(saved, dict) or not {"f", "settings"} & saved.keys():
+    if not all(isinstance(saved.get(part), dict) for part in ("f", "g", "settings")):
         saved = _from_elsewhere(saved, path)
-    if not all(isinstance(saved.get(name), dict) for name in ("f", "g", "settings")):
-        raise UserError(f"{path}: holds no encoder (it lacks f, g or settings)")
     settings = saved["settings"]
     if "arch" not in settings:
         raise UserError(f"{path}: its settings lack arch")
     f = resnet(settings["arch"])
     encoder = Encoder(f, mlp_from(saved["g"], f.width))
-    load_state(encoder.f, saved["f"], f"{path}: f")
+    load_state(f, saved["f"], f"{path}: f")
     load_state(encoder.g, saved["g"], f"{path}: g")
     return encoder, settings
 
 
 def _from_elsewhere(saved, path):
     """FAIR's or torchvision's file as one of our checkpoints."""
-    state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
-    state = state if isinstance(state, dict) else {}
+    state = saved.get("state_dict")
+    state = state if isinstance(state, dict) else saved
     state = {str(name): tensor for name, tensor in state.items()
              if isinstance(tensor, torch.Tensor)}
     prefix = "module.encoder_q."
     query = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
     state = query or state
-    f = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
-    g = {name.removeprefix("fc."): state[name] for name in state.keys() - f.keys()}
-    if not f.keys() & {"conv1.weight", "layer1.0.conv1.weight", "bn1.weight"}:
+    g = {name.removeprefix("fc."): state.pop(name) for name in [*state] if name.startswith("fc.")}
+    if not any(name.endswith("conv1.weight") for name in state):
         raise UserError(f"{path}: holds no encoder: expected a checkpoint of these scripts, FAIR's "
                         "MoCo (module.encoder_q.*), or torchvision's ResNet weights")
     if not any(name.endswith("weight") for name in g):
         raise UserError(f"{path}: tensor fc.weight is missing")
     if "weight" in g:                           # one layer: MoCo v1 and torchvision
         g = {f"0.{name}": tensor for name, tensor in g.items()}
-    with torch.device("meta"):                  # the architecture that has most names in common
-        names = {arch: resnet(arch).state_dict().keys() for arch in ARCHS}
-    arch = min(ARCHS, key=lambda arch: len(names[arch] ^ f.keys()))
+
+    def differing_names(arch):
+        return len(resnet(arch).state_dict().keys() ^ state.keys())
+    with torch.device("meta"):
+        arch = min(ARCHS, key=differing_names)
     kind = "mlp" if "2.weight" in g else "none"
-    return {"f": f, "g": g,
+    return {"f": state, "g": g,
             "settings": {"arch": arch, "head": kind, "scale": "imagenet", "size": 224}}

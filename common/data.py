@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from common import UserError, augment, ddp, textures
 
@@ -48,14 +47,11 @@ class Images:
 
 @dataclasses.dataclass
 class Data:
-    """What a path holds. `scale` is imagenet, cifar10 or textures.
-
-    Without labels, `test` and `classes` are None.
-    """
+    """What a path holds. Without labels, `test` and `classes` are None."""
 
     path: str
     description: str
-    scale: str
+    scale: str                                  # imagenet, cifar10 or textures
     train: Images
     test: Images = None
     classes: list = None
@@ -95,13 +91,12 @@ def _open(path):
             return _cifar10(folder)
     if (root / "train").is_dir():
         return _class_folders(root)
-    paths = (os.path.join(folder, name)
-             for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    files = sorted(name for name in paths if name.lower().endswith(EXTENSIONS))
-    if not files:
+    # Like a single class whose folder is `root`.
+    samples = torchvision.datasets.folder.make_dataset(root, {"": 0}, EXTENSIONS, allow_empty=True)
+    if not samples:
         raise UserError(f"{path}: no images in this folder; expected train/<class>/ and "
                         f"val/<class>/, the CIFAR-10 batches, or files {' '.join(EXTENSIONS)}")
-    return _read_files(root, "images without classes", [(files, None)], None)
+    return _read_files(root, "images without classes", [sorted(samples)])
 
 
 def _cifar10(folder):
@@ -133,15 +128,18 @@ def _class_folders(root):
     if odd:
         raise UserError(f"{root / test[0]}: its classes are not those of train/: {odd[0]} is only "
                         "in one of them")
-    splits = [([path for path, _ in split.samples], torch.tensor(split.targets))
-              for split in splits]
-    return _read_files(root, f"class folders, {len(classes)} classes", splits, classes)
+    samples = [split.samples for split in splits]
+    return _read_files(root, f"class folders, {len(classes)} classes", samples, classes)
 
 
-def _read_files(root, what, splits, classes):
-    """Data of `splits`, (files, labels) each; decoded if all images are small and of one size."""
-    splits = [(np.array([os.fsencode(name) for name in files]), labels) for files, labels in splits]
-    files, sizes, error = splits[0][0], [], None
+def _read_files(root, what, splits, classes=None):
+    """Data of `splits`, lists of (file, label); decoded if all images are small and of one size."""
+    images = []
+    for samples in splits:
+        files, labels = zip(*samples)
+        images.append(Images(torch.tensor(labels) if classes else None,
+                             files=np.array([os.fsencode(name) for name in files])))
+    files, sizes = images[0].files, []
     for i in np.linspace(0, len(files) - 1, min(len(files), 32)).astype(int):
         try:
             sizes.append(tuple(read_image(files[i]).shape[1:]))
@@ -149,11 +147,9 @@ def _read_files(root, what, splits, classes):
             error = f"{os.fsdecode(files[i])}: {caught}"
     if not sizes:
         raise UserError(f"{root}: no image can be read; {error}")
-    small = max(map(max, sizes)) <= SMALL
+    small = np.max(sizes) <= SMALL
     if small and len(set(sizes)) == 1:
-        images = [_decode(files, labels, sizes[0]) for files, labels in splits]
-    else:
-        images = [Images(labels, files=files) for files, labels in splits]
+        images = [_decode(split, sizes[0]) for split in images]
     height, width = np.median(sizes, 0).astype(int)
     count = " + ".join(str(len(split)) for split in images)
     return Data(str(root), f"{what}, {count} images of about {width} x {height} pixels",
@@ -168,64 +164,58 @@ def read_image(name):
     """
     with Image.open(os.fsdecode(name), formats=FORMATS) as image:
         if image.mode.startswith("I;16"):       # convert() would clip 16 bits to 8
-            gray = torch.from_numpy((np.array(image) >> 8).astype(np.uint8))
-            return gray.expand(3, -1, -1)
-        rgb = image if image.mode == "RGB" else image.convert("RGB")    # convert() always copies
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        if image.mode != "RGB":                 # convert() always copies
+            image = image.convert("RGB")
+        return torchvision.transforms.functional.pil_to_tensor(image)
 
 
-def _decode(files, labels, size):
-    """All `files` in memory, as images of one size (height, width)."""
-    read, pixels = zip(*_read(files, functools.partial(_resized, size=size), 500,
-                              default_workers()))
-    return Images(None if labels is None else labels[torch.cat(read)], torch.cat(pixels))
+def _decode(images, size):
+    """Files in memory, as images of one size (height, width)."""
+    make = functools.partial(_resized, size=size)
+    read, pixels = zip(*_read(images.files, make, _in_order(images, 500), default_workers()))
+    return Images(images.take(torch.cat(read).numpy()).labels, torch.cat(pixels))
 
 
-def _read(files, make, batch, workers, pin=False):
-    """Yield batches (index, images) of all `files`: what was read, and what `make` returns."""
-    broken = Broken(files)
-    loader = DataLoader(_Files(files, make), batch_size=batch, num_workers=workers,
+def _in_order(images, batch):
+    return BatchSampler([(i, None) for i in range(len(images))], batch, drop_last=False)
+
+
+def _read(files, make, tasks, workers, pin=False):
+    """Yield, for each task, the indices that were read and what `make` returns for them.
+
+    A task is a list of keys of `_Files`. An unreadable file is named when it is first replaced.
+    Raises UserError if more than MAX_BROKEN are unreadable.
+    """
+    tasks, requested = itertools.tee(tasks)
+    loader = DataLoader(_Files(files, make), batch_sampler=tasks, num_workers=workers,
                         generator=torch.Generator(), pin_memory=pin)
-    for start, (index, x) in zip(itertools.count(0, batch), loader):
-        broken.count(range(start, start + len(index)), index)
-        yield index, x
-
-
-class Broken:
-    """Names and counts unreadable files, which are replaced by the next readable one."""
-
-    def __init__(self, files):
-        self.files, self.replaced = files, {}
-
-    def count(self, requested, read):
-        """Compare `requested` indices with those `read`. Raises UserError above MAX_BROKEN."""
-        for i, j in zip(requested, read.tolist()):
-            if i != j and i not in self.replaced:
-                self.replaced[i] = j
-                names = [os.fsdecode(self.files[k]) for k in (i, j)]
-                print(f"unreadable image {names[0]}, replaced by {names[1]}", file=sys.stderr)
-        if len(self.replaced) > MAX_BROKEN * len(self.files):
-            first = os.fsdecode(self.files[min(self.replaced)])
-            raise UserError(f"{len(self.replaced)} of {len(self.files)} images cannot be read, "
-                            f"more than {MAX_BROKEN:.0%}; the first is {first}; remove or repair "
-                            "them")
+    replaced = set()
+    for task, (read, x) in zip(requested, loader):
+        for (i, _), j in zip(task, read.tolist()):
+            if i != j and i not in replaced:
+                replaced.add(i)
+                print(f"unreadable image {os.fsdecode(files[i])}, replaced by "
+                      f"{os.fsdecode(files[j])}", file=sys.stderr)
+        if len(replaced) > MAX_BROKEN * len(files):
+            raise UserError(f"{len(replaced)} of {len(files)} images cannot be read, more than "
+                            f"{MAX_BROKEN:.0%}; the first is {os.fsdecode(files[min(replaced)])}; "
+                            "remove or repair them")
+        yield read, x
 
 
 class _Files(Dataset):
     """The work of a loader process: key -> the index that was read, and `make(image, u)`.
 
-    A key is an index, or (index, u). An unreadable file is replaced by the next readable one: a
-    function of the index, not a random draw.
+    A key is (index, u). An unreadable file is replaced by the next readable one: a function of the
+    index, not a random draw.
     """
 
     def __init__(self, files, make):
         self.files, self.make = files, make
 
-    def __len__(self):
-        return len(self.files)
-
     def __getitem__(self, key):
-        index, u = key if isinstance(key, tuple) else (key, None)
+        index, u = key
         for i in itertools.chain(range(index, len(self.files)), range(index)):
             try:
                 image = read_image(self.files[i])
@@ -237,12 +227,12 @@ class _Files(Dataset):
 
 def _crops(image, u, size, area):
     boxes = augment.crop_boxes(*image.shape[1:], u, area)
-    return torch.stack([resize(image[:, top:top + height, left:left + width], (size, size))
+    return torch.stack([augment.resize(image[:, top:top + height, left:left + width], (size, size))
                         for top, left, height, width in boxes.tolist()])
 
 
 def _resized(image, _, size):
-    return image if image.shape[1:] == size else resize(image, size)
+    return image if image.shape[1:] == size else augment.resize(image, size)
 
 
 def _centre(image, _, size):
@@ -250,11 +240,10 @@ def _centre(image, _, size):
     height, width = image.shape[1:]
     if height == width == size:
         return image
-    if max(height, width) > 4 * min(height, width):     # a long strip would fill the memory
-        height, width = min(height, 4 * width), min(width, 4 * height)
-        image = _middle(image, height, width)
+    height, width = min(height, 4 * width), min(width, 4 * height)  # a long strip fills the memory
     factor = round(size * 8 / 7) / min(height, width)
-    return _middle(resize(image, (round(height * factor), round(width * factor))), size, size)
+    resized = round(height * factor), round(width * factor)
+    return _middle(augment.resize(_middle(image, height, width), resized), size, size)
 
 
 def _middle(image, height, width):
@@ -262,28 +251,7 @@ def _middle(image, height, width):
     return image[:, top:top + height, left:left + width]
 
 
-def resize(image, size):
-    """Antialiased bilinear resizing: (3, H, W) uint8 -> (3, *size) uint8."""
-    image = image[None].contiguous(memory_format=torch.channels_last)   # fastest in this layout
-    return F.interpolate(image, size=size, mode="bilinear", antialias=True)[0]
-
-
-def _batches(n, batch, seed, start, stop, n_views, drop_last):
-    """Yield this process's part of each global batch: indices (N,), uniform numbers (N, V, 22).
-
-    A global batch is a contiguous slice of the epoch's permutation.
-    """
-    per_epoch, order = steps_per_epoch(n, batch, drop_last), None
-    for step in range(start, stop):
-        epoch, i = divmod(step, per_epoch)
-        if i == 0 or order is None:
-            order = permutation(n, seed, epoch)
-        index = order[i * batch:(i + 1) * batch]
-        u = augment.generator("crops", seed, step).random((len(index), n_views, 22))
-        mine = ddp.rows(len(index))
-        yield index[mine], u[mine]
-
-
+@functools.lru_cache(maxsize=2)                 # workers may be an epoch ahead
 def permutation(n, seed, epoch):
     """The order (n,) of the images in an epoch."""
     return augment.generator("order", seed, epoch).permutation(n)
@@ -308,43 +276,45 @@ def views(images, n_views, *, size, area, batch, seed, start, stop, device, work
     and crops depend only on (seed, step). An unreadable image is reported and replaced by the next;
     raises UserError if more than 1 % are unreadable.
     """
-    batches = _batches(len(images), batch, seed, start, stop, n_views, drop_last)
+    def parts():
+        """This process's part of each global batch: indices (N,), uniform numbers (N, V, 22)."""
+        n = len(images)
+        for step in range(start, stop):
+            epoch, i = divmod(step, steps_per_epoch(n, batch, drop_last))
+            # A global batch is a contiguous slice of the epoch's permutation.
+            index = permutation(n, seed, epoch)[i * batch:(i + 1) * batch]
+            u = augment.generator("crops", seed, step).random((len(index), n_views, 22))
+            mine = ddp.rows(len(index))
+            yield index[mine], u[mine]
     if images.pixels is not None:
         pixels = images.pixels.to(device)
-        for step, (index, u) in zip(range(start, stop), batches):
+        for step, (index, u) in enumerate(parts(), start):
             yield step, _crops_in_memory(pixels, index, u, size, area), torch.from_numpy(index)
         return
-    files = _Files(images.files, functools.partial(_crops, size=size, area=area))
-    planned, tasks = itertools.tee(batches)
+    batches, planned = itertools.tee(parts())
     # Batches are split into tasks, so that all workers share a large one.
-    keys = ([*zip(index[i:i + PIECE].tolist(), u[i:i + PIECE])]
-            for index, u in tasks for i in range(0, len(index), PIECE))
-    loader = iter(DataLoader(files, batch_sampler=keys, num_workers=workers,
-                             generator=torch.Generator(), pin_memory=device.type == "cuda",
-                             prefetch_factor=4 if workers else None))
-    broken = Broken(images.files)
-    for step, (index, _) in zip(range(start, stop), planned):
-        read = [torch.empty(0, dtype=torch.int64)]
-        x = [torch.empty(0, n_views, 3, size, size, dtype=torch.uint8, device=device)]
-        for _ in range(0, len(index), PIECE):
-            piece, crops = next(loader)
-            read.append(piece)
-            x.append(crops.to(device, non_blocking=True))
-        broken.count(index.tolist(), torch.cat(read))
-        yield step, torch.cat(x).transpose(0, 1), torch.cat(read)
+    tasks = (task for index, u in batches
+             for task in BatchSampler(list(zip(index.tolist(), u)), PIECE, drop_last=False))
+    pieces = _read(images.files, functools.partial(_crops, size=size, area=area), tasks, workers,
+                   device.type == "cuda")
+    # A part without images has no tasks.
+    empty = torch.empty(0, dtype=torch.int64), torch.empty(0, n_views, 3, size, size).byte()
+    for step, (index, _) in enumerate(planned, start):
+        n_pieces = steps_per_epoch(len(index), PIECE, drop_last=False)
+        read, crops = zip(empty, *itertools.islice(pieces, n_pieces))
+        x = torch.cat([part.to(device, non_blocking=True) for part in crops])
+        yield step, x.transpose(0, 1), torch.cat(read)
 
 
 def _crops_in_memory(pixels, index, u, size, area):
     """(V, N, 3, size, size) uint8: a crop for each of the numbers u (N, V, 22)."""
-    n, n_views = u.shape[:2]
-    numbers = u.transpose(1, 0, 2).reshape(n_views * n, 22)
-    boxes = torch.from_numpy(augment.crop_boxes(*pixels.shape[2:], numbers, area))
+    n_views = u.shape[1]
+    boxes = augment.crop_boxes(*pixels.shape[2:], np.concatenate(u.transpose(1, 0, 2)), area)
     chosen = torch.from_numpy(index).repeat(n_views)
-    sent = ddp.send({"boxes": boxes, "chosen": chosen}, pixels.device)
-    x = torch.empty(n_views * n, 3, size, size, dtype=torch.uint8, device=pixels.device)
-    for part, i, box in zip(*(v.split(8 * PIECE) for v in (x, sent["chosen"], sent["boxes"]))):
-        part.copy_(augment.crop_resize(pixels[i], box, size))
-    return x.view(n_views, n, 3, size, size)
+    sent = ddp.send({"boxes": torch.from_numpy(boxes), "chosen": chosen}, pixels.device)
+    parts = zip(sent["chosen"].split(8 * PIECE), sent["boxes"].split(8 * PIECE))
+    x = torch.cat([augment.crop_resize(pixels[i], box, size) for i, box in parts])
+    return x.unflatten(0, (n_views, -1))
 
 
 def whole(images, *, size, batch, device, workers):
@@ -355,5 +325,5 @@ def whole(images, *, size, batch, device, workers):
             same = part.shape[2:] == (size, size)
             yield part if same else torch.stack([make(image, None) for image in part])
         return
-    for _, x in _read(images.files, make, batch, workers, device.type == "cuda"):
+    for _, x in _read(images.files, make, _in_order(images, batch), workers, device.type == "cuda"):
         yield x.to(device, non_blocking=True)

@@ -28,17 +28,18 @@ def init(name=None):
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available; expected cuda or cpu")
     torch.backends.cudnn.benchmark = True
+    backend, device = "gloo", torch.device(name)
     if name == "cpu":
         _keep_freed_memory()
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        backend, device = "nccl", torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
         # If a machine is lost, the other processes fail after this time at the latest.
-        timeout = datetime.timedelta(minutes=10)
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timeout)
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     if name == "mps":
         say("note: the device mps is untested")
-    return torch.device(name, torch.cuda.current_device() if name == "cuda" else None)
+    return device
 
 
 def _keep_freed_memory():
@@ -93,7 +94,7 @@ def unpack(packed, tensors):
     found, start = dict(tensors), 0
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor):
-            end = start + tensor.numel() * tensor.element_size()
+            end = start + tensor.nbytes
             found[name] = packed[start:end].view(tensor.dtype).view(tensor.shape)
             start = end + -end % 8
     return found
@@ -122,17 +123,16 @@ def all_gather(x):
     return torch.cat(parts)
 
 
-class _Gather(torch.autograd.Function):
-    """Every process's loss depends on every row: a row's gradient is summed over processes."""
+class _Total(torch.autograd.Function):
+    """The sum over processes. Every process's loss depends on it: gradients are summed as well."""
 
     @staticmethod
     def forward(ctx, x):
-        ctx.n = len(x)
-        return all_gather(x)
+        return total(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return total(grad)[rank() * ctx.n:(rank() + 1) * ctx.n]
+        return total(grad)
 
 
 def all_gather_with_grad(x):
@@ -142,7 +142,11 @@ def all_gather_with_grad(x):
     processes. So if each process's loss is the mean over its own rows, the result is the gradient
     of the mean over all rows.
     """
-    return x if world() == 1 else _Gather.apply(x)
+    if world() == 1:
+        return x
+    parts = [torch.zeros_like(x)] * world()
+    parts[rank()] = x
+    return _Total.apply(torch.cat(parts))                       # the others' rows are added
 
 
 def total(x):
@@ -158,19 +162,9 @@ def mean(x):
     return total(x) / world()
 
 
-class _Mean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return mean(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return mean(grad)
-
-
 def mean_with_grad(x):
     """Like `mean`, with the gradient of the sum of all losses, as in `all_gather_with_grad`."""
-    return x if world() == 1 else _Mean.apply(x)
+    return _Total.apply(x) / world()
 
 
 def any_process(flag, device):
@@ -186,11 +180,10 @@ def wrap(module):
     Buffers are not broadcast: batch statistics belong to groups of images, not to processes.
     `average_buffers` combines them.
     """
-    if world() == 1:
-        return module
-    wrapped = DistributedDataParallel(module)
-    wrapped.broadcast_buffers = False
-    return wrapped
+    if world() > 1:
+        module = DistributedDataParallel(module)
+        module.broadcast_buffers = False        # an argument of this name is deprecated
+    return module
 
 
 def average_buffers(module):

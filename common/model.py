@@ -55,51 +55,36 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
         `update_statistics` moves the running statistics of all layers together.
         """
-        out, mean, invstd = _Batched.apply(x, self.weight, self.bias, self.group, self.eps)
-        count = self.group * x[0, 0].numel()
-        self.pending = mean, invstd, count / (count - 1)
-        return out
+        n = len(x) // self.group
+        y = _by_group(x, n).flatten(0, 1)[None]                 # (1, n C, pixels)
+        z, mean, invstd = torch.native_batch_norm(
+            y, self.weight.repeat(n), self.bias.repeat(n), None, None, True, 0., self.eps)
+        count = y.shape[2]
+        self.pending = mean.view(n, -1), invstd.view(n, -1), count / (count - 1)
+        return _FromGroups.apply(z, x, n)
 
 
-class _Batched(torch.autograd.Function):
-    """Batch normalisation of n groups as one of n C channels: `(out, mean (n, C), invstd (n, C))`.
+def _by_group(x, n):
+    """(N, C, H, W) -> (n, C, pixels); a view if x is channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(n, -1, x.shape[1]).transpose(1, 2)
 
-    The inner layout is (1, n C, pixels). The bias is added while copying back.
+
+class _FromGroups(torch.autograd.Function):
+    """z (1, n C, pixels) -> (N, C, H, W) like x, channels_last.
+
+    No view: so the ReLU that follows can be in place without copies in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, group, eps):
-        ctx.set_materialize_grads(False)
-        ctx.eps, ctx.shape = eps, (len(x) // group, x.shape[1], -1)
-        y, weight = _to_channels(x, ctx.shape), weight.repeat(ctx.shape[0])
-        z, mean, invstd = torch.native_batch_norm(y, weight, None, None, None, True, 0., eps)
-        ctx.save_for_backward(y, weight, mean, invstd)
+    def forward(ctx, z, x, n):
+        ctx.n = n
         out = torch.empty_like(x, memory_format=torch.channels_last)
-        torch.add(_from_channels(z, ctx.shape, x), bias[:, None, None], out=out)
-        mean, invstd = mean.view(ctx.shape[:2]), invstd.view(ctx.shape[:2])
-        ctx.mark_non_differentiable(mean, invstd)
-        return out, mean, invstd
+        _by_group(out, n).copy_(z.view(n, x.shape[1], -1))
+        return out
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        y, weight, mean, invstd = ctx.saved_tensors
-        grad_y, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            _to_channels(grad, ctx.shape), y, weight, None, None, mean, invstd, True, ctx.eps,
-            (True, True, True))
-        grad_x = _from_channels(grad_y, ctx.shape, grad)
-        grad_weight, grad_bias = (g.view(ctx.shape[:2]).sum(0) for g in (grad_weight, grad_bias))
-        return (grad_x.contiguous(memory_format=torch.channels_last), grad_weight, grad_bias, None,
-                None)
-
-
-def _to_channels(x, shape):
-    n, C, _ = shape
-    return x.permute(0, 2, 3, 1).reshape(n, -1, C).transpose(1, 2).reshape(1, n * C, -1)
-
-
-def _from_channels(y, shape, like):
-    N, C, H, W = like.shape
-    return y.view(shape).transpose(1, 2).unflatten(1, (-1, H, W)).flatten(0, 1).permute(0, 3, 1, 2)
+    def backward(ctx, grad):
+        return _by_group(grad, ctx.n).flatten(0, 1)[None], None, None
 
 
 @torch.no_grad()
@@ -110,8 +95,8 @@ def update_statistics(module):
         return
     mean, invstd, unbiased = zip(*(layer.pending for layer in layers))
     channels = [layer.num_features for layer in layers]
-    mean = list(torch.cat(mean, 1).mean(0).split(channels))
-    var = list((torch.cat(invstd, 1) ** -2 - layers[0].eps).mean(0).split(channels))
+    mean = torch.cat(mean, 1).mean(0).split(channels)
+    var = (torch.cat(invstd, 1) ** -2 - layers[0].eps).mean(0).split(channels)
     torch._foreach_mul_(var, unbiased)
     momentum = layers[0].momentum
     torch._foreach_lerp_([layer.running_mean for layer in layers], mean, momentum)
@@ -130,21 +115,18 @@ class SmallConv2d(nn.Conv2d):
 
     def forward(self, x):
         (top, bottom), (left, right) = (self._used(axis, x.shape[2 + axis]) for axis in (0, 1))
-        weight = self.weight
         if (bottom - top, right - left) == self.kernel_size:
             return super().forward(x)
+        weight = self.weight[:, :, top:bottom, left:right]
         padding = self.padding[0] - top, self.padding[1] - left
-        return F.conv2d(x, weight[:, :, top:bottom, left:right], self.bias, self.stride, padding)
+        return F.conv2d(x, weight, self.bias, self.stride, padding)
 
     def _used(self, axis, length):
         """The range of the kernel's rows (axis 0) or columns that touch an image of that length."""
         kernel, padding, stride = self.kernel_size[axis], self.padding[axis], self.stride[axis]
-        outputs = (length + 2 * padding - kernel) // stride + 1
-        first = max(0, padding - (outputs - 1) * stride)
-        last = min(kernel, length + padding)
-        # The padding must become smaller on both sides alike.
-        same = (length + 2 * (padding - first) - (last - first)) // stride + 1 == outputs
-        return (first, last) if same else (0, kernel)
+        if length + 2 * padding - kernel >= stride:     # several positions: all are used
+            return 0, kernel
+        return padding, min(kernel, padding + length)
 
 
 def resnet(arch, bn_group=None, norm=None):
@@ -163,7 +145,7 @@ def resnet(arch, bn_group=None, norm=None):
         block = torchvision.models.resnet.BasicBlock
         f = torchvision.models.ResNet(block, [1, 1, 1, 1], norm_layer=norm)
     else:
-        f = getattr(torchvision.models, name)(weights=None, norm_layer=norm)
+        f = torchvision.models.get_model(name, norm_layer=norm)
     for module in f.modules():
         if isinstance(module, nn.Conv2d):
             module.__class__ = SmallConv2d      # the same parameters, another forward pass
@@ -187,9 +169,10 @@ def head(kind, width, dim=128):
         return nn.Identity()
     hidden = {"none": [], "deep": [width, width], "narrow": [width // 16]}.get(kind, [width])
     layers = []
-    for before, after in zip([width, *hidden], hidden):
-        layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
-    g = nn.Sequential(*layers, nn.Linear([width, *hidden][-1], dim))
+    for after in hidden:
+        layers += [nn.Linear(width, after), nn.ReLU(inplace=True)]
+        width = after
+    g = nn.Sequential(*layers, nn.Linear(width, dim))
     if kind == "fixed":
         g[0].requires_grad_(False)
     return g
@@ -228,21 +211,29 @@ class Encoder(nn.Module):
         update_statistics(self.f)
         return self.g(h)
 
-    def _layers(self, kind):
-        return [m for m in self.g.modules() if isinstance(m, kind)]
+    def _layers(self, feature):
+        """The layers of g that lead to `feature`, as one module."""
+        if feature == "h":
+            return nn.Identity()
+        if feature == "z":
+            return self.g
+        layers = []
+        for layer in self.g.children():
+            layers.append(layer)
+            if isinstance(layer, nn.ReLU):
+                return nn.Sequential(*layers)
+        raise UserError("--feature hidden: the head of this encoder has no hidden layer")
 
     def check_feature(self, feature):
         """Raises UserError if `feature` is `hidden` and g has no hidden layer."""
-        if feature == "hidden" and not self._layers(nn.ReLU):
-            raise UserError("--feature hidden: the head of this encoder has no hidden layer")
+        self._layers(feature)
 
     def width(self, feature="h"):
         """The number of dimensions of `feature`, as in `embed`."""
-        self.check_feature(feature)
-        linear = self._layers(nn.Linear)
-        if feature == "h" or not linear:
-            return self.f.width
-        return linear[0 if feature == "hidden" else -1].out_features
+        width = self.f.width
+        for layer in self._layers(feature).modules():
+            width = getattr(layer, "out_features", width)
+        return width
 
     def embed(self, x, feature="h"):
         """Features of x (N, 3, H, W) by name: `h`, `hidden` or `z`.
@@ -250,11 +241,4 @@ class Encoder(nn.Module):
         `h` = f(x) (N, width). `hidden` is the activation after g's first ReLU, which Figure 2 (d)
         calls z. `z` = g(h) (N, D). Raises UserError as `check_feature` does.
         """
-        self.check_feature(feature)
-        h = self.f(x)
-        if feature == "h":
-            return h
-        if feature == "z":
-            return self.g(h)
-        first = next(i for i, layer in enumerate(self.g) if isinstance(layer, nn.ReLU))
-        return self.g[:first + 1](h)
+        return self._layers(feature)(self.f(x))

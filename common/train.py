@@ -54,7 +54,7 @@ def parser(script, description, presets):
         help="folder of images (default: the embedded textures)")
     add("--preset", default=next(iter(presets)), choices=presets, metavar="ROW",
         help=f"row of a table of the paper: {', '.join(presets)}")
-    add("--out", type=number(str, "the name of a folder", bool), metavar="DIR",
+    add("--out", metavar="DIR",
         help="folder of the run (default: under runs/, named after script, data, preset and the "
         "settings given as flags)")
     add("--fresh", action="store_true", help="overwrite the run that --out holds")
@@ -83,9 +83,8 @@ def settings(flags, argv, scale, scales, presets):
     `batch_size`; `lr` follows from it by the rule `scaling`. Its `long_epochs` is the length of
     presets with `long`. Raises UserError if the range `crop` is empty.
     """
-    preset = presets[flags.parse_args(argv).preset]
-    defaults = {"scale": scale, "normalisation": scale, "scaling": "linear", **scales[scale],
-                **preset}
+    defaults = {"script": flags.prog.removesuffix(".py"), "scale": scale, "normalisation": scale,
+                "scaling": "linear", **scales[scale], **presets[flags.parse_args(argv).preset]}
     base_lr, base_batch = defaults.pop("base_lr"), scales[scale]["batch_size"]
     long_epochs = defaults.pop("long_epochs", None)
     if defaults.pop("long", False):
@@ -96,17 +95,15 @@ def settings(flags, argv, scale, scales, presets):
         raise UserError(f"--crop {args.crop[0]:g} {args.crop[1]:g}: expected LO <= HI")
     ratio = args.batch_size / base_batch
     lr = base_lr * (ratio if args.scaling == "linear" else math.sqrt(ratio))
-    precision = "bf16" if has_bf16(args.device) else "fp32"
-    flags.set_defaults(lr=lr, precision=precision)
+    flags.set_defaults(lr=lr, precision="bf16" if has_bf16(args.device) else "fp32")
     args = flags.parse_args(argv)
-    script = flags.prog.removesuffix(".py")
-    if args.out is None:
-        given = {name: value for name, value in vars(args).items()
+    if not args.out:
+        given = [f"{name}={plain(value)}" for name, value in vars(args).items()
                  if name not in (*RUN_FLAGS, "data", "preset")
-                 and plain(value) != plain(flags.get_default(name))}
-        parts = [f"{name}={plain(value)}" for name, value in given.items()]
-        args.out = "-".join([f"runs/{script}-{scale}-{args.preset}", *parts])
-    args.script, args.data = script, args.data and str(Path(args.data).expanduser().resolve())
+                 and plain(value) != plain(flags.get_default(name))]
+        args.out = "-".join([f"runs/{args.script}-{scale}-{args.preset}", *given])
+    if args.data:
+        args.data = str(Path(args.data).expanduser().resolve())
     return args
 
 
@@ -148,7 +145,7 @@ def views(args, images, n_views, run, device, drop_last=True):
 
 def has_bf16(device=None):
     """Whether the hardware computes in bf16 natively. `device` as in `ddp.init`."""
-    if device == "cuda" or device is None and torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = ("avx512_bf16", "amx_tile")
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in features)
@@ -197,11 +194,7 @@ def set_lr(optimizer, lr):
 def embedder(module, device, precision, compiled=False):
     """How a step calls a module: in bf16 autocast if `precision` is "bf16", and compiled or not."""
     call = torch.compile(module) if compiled else module
-
-    def embed(x):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return call(x)
-    return embed
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")(call)
 
 
 NEW_RUN = "(a new run: it needs another --out or --fresh)"
@@ -215,8 +208,8 @@ def launch(main, argv=None, less_memory=f"fewer --workers, or a smaller --batch-
     """
     try:
         code = main(argv)
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
-        message = str(error) if isinstance(error, UserError) else _explain(error, less_memory)
+    except Exception as error:
+        message = _explain(error, less_memory)
         if message is None:
             raise
         print(message, file=sys.stderr)
@@ -225,8 +218,10 @@ def launch(main, argv=None, less_memory=f"fewer --workers, or a smaller --batch-
 
 
 def _explain(error, less_memory):
-    """One line for an error of the system, or None if the user cannot do anything about it."""
+    """One line for an error that the user can do something about, or None."""
     text, full = str(error), (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    if isinstance(error, UserError):
+        return text
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory: use {less_memory}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:

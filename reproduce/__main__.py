@@ -19,13 +19,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from common import UserError, data, train
-from common.run import UNFINISHED, Log, duration
+from common.run import UNFINISHED, Log
 from reproduce import plan, report
 
 
@@ -49,148 +48,127 @@ def parse(argv):
     if args.flags and args.place in (None, *plan.PLACEHOLDER):
         parser.error("--flags: these runs differ from the scale's own; name another folder for "
                      "them with --as")
-    if len(set(args.seeds)) < len(args.seeds):
-        parser.error(f"--seeds {args.seeds}: expected different ones")
     return args
 
 
-def dry_run(items, place, seeds):
+def dry_run(place, runs, pictures):
     """Print all commands of a place."""
-    runs = plan.runs(items, place, seeds)
     print(f"# scale {place.scale}: {len(runs)} runs")
     commands = [words for name, run in runs.items() for words in plan.commands(name, *run, place)]
-    commands += [plan.draw_command(item, place, seeds[0])
-                 for item in items if item in plan.PICTURES]
-    for words in commands:
+    for words in [*commands, *pictures.values()]:
         print(shlex.join(words))
 
 
 def check(place, description):
     """Raises UserError if the place holds runs on other data, or with other flags."""
-    for path in place.folder.glob("runs/*.json"):
-        kept = json.loads(path.read_text())
-        for what, now in (("data", description), ("flags", place.flags)):
-            if kept.get(what, []) != now:
-                raise UserError(f"results/{place.name} holds runs with other {what} "
-                                f"({kept.get(what, [])}), not {now}; choose another --as")
+    for run in report.kept_runs(place):
+        if (run["data"], run["flags"]) != (description, place.flags):
+            raise UserError(f"results/{place.name} holds runs with other data or flags "
+                            f"({run['data']}; {run['flags']}); choose another --as")
 
 
-def call(words, log):
-    """Run a command and append its output to the file `log`; returns the exit code.
+def call(commands, log):
+    """Run commands, up to the first that fails, and append their output to the file `log`.
 
-    The command inherits a lock on `log`. So if this process is killed and started again, it waits
-    for a command that is still running instead of starting it twice.
+    Returns the last exit code. The commands inherit a lock on `log`. So if this process is killed
+    and started again, it waits for a command that is still running instead of starting it twice.
     """
-    module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        return subprocess.run([sys.executable, *module, *words[1:]], cwd=plan.ROOT, stdout=file,
-                              stderr=file).returncode
+        for program, *words in commands:
+            module = ["-m", "torch.distributed.run"] if program == "torchrun" else []
+            code = subprocess.run([sys.executable, *module, *words], cwd=plan.ROOT, stdout=file,
+                                  stderr=file).returncode
+            if code:
+                break
+    return code
 
 
-def execute(name, script, flags, place, description):
-    """Train, probe and keep a run. Returns the exit code of the last command, 0 if all is well."""
-    out = plan.ROOT / place.out(name)
-    for words in plan.commands(name, script, flags, place):
-        code = call(words, out / "output.txt")
-        if code:
-            return code
-    shown = dataclasses.replace(place, path=plan.PLACEHOLDER[place.scale])
+def keep(name, script, flags, place, description):
+    """Write what a finished run has found, and on which machine, to its file in results/."""
+    out = place.output(name).parent
+    found = {feature: json.loads((out / path).read_text())
+             for feature, path in plan.probes(script, flags, place.scale).items()}
+    events = Log(out / "log.jsonl").entries()
+    seconds = sum(after["time"] - before["time"] for before, after in zip(events, events[1:])
+                  if after["event"] != "start")                 # else it was stopped in between
+    start = events[0]
+    del start["settings"]["data"]                               # a path of this machine
+    shown = dataclasses.replace(place, data=plan.PLACEHOLDER[place.scale])
     commands = [shlex.join(words) for words in plan.commands(name, script, flags, shown)]
     run = {"name": name, "data": description, "flags": place.flags, "commands": commands,
-           **record(out, script, flags, place.scale)}
-    kept = place.run_file(name)
+           "top1": found["h"]["top1"], "knn": found["h"].get("knn"),
+           "features": {feature: result["top1"] for feature, result in found.items()},
+           "minutes": round(seconds / 60, 2)}
+    for field in ("settings", "device", "processes", "threads", "torch", "python", "commit"):
+        run[field] = start[field]
+    kept = place.folder / f"runs/{name}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.with_suffix(".tmp").write_text(json.dumps(run, indent=1) + "\n")
-    os.replace(kept.with_suffix(".tmp"), kept)
-    return 0
-
-
-def record(out, script, flags, scale):
-    """What a finished run in the folder `out` has found, and on which machine, as a dict."""
-    found = {feature: json.loads((out / path).read_text())
-             for feature, path in plan.probes(script, flags, scale).items()}
-    events, seconds = Log(out / "log.jsonl").entries(), 0.
-    for before, after in zip(events, events[1:]):
-        if after["event"] != "start":                           # else it was stopped in between
-            seconds += after["time"] - before["time"]
-    start = next(entry for entry in events if entry["event"] == "start")
-    machine = ("device", "processes", "threads", "torch", "python", "commit")
-    return {"protocol": "supervised" if script == "linear_probe" else plan.PROTOCOL[scale],
-            "top1": found["h"]["top1"], "knn": found["h"].get("knn"),
-            "features": {feature: result["top1"] for feature, result in found.items()},
-            "minutes": round(seconds / 60, 2),
-            "settings": {k: v for k, v in start["settings"].items() if k != "data"},
-            **{name: start[name] for name in machine}}
+    temporary = kept.with_suffix(".tmp")
+    temporary.write_text(json.dumps(run, indent=1) + "\n")
+    temporary.replace(kept)
 
 
 def execute_all(runs, place, description, jobs):
-    """Execute what is missing of `runs`, `jobs` at a time, and print a line for each.
+    """Train, probe and keep what is missing of `runs`, `jobs` at a time; print a line for each.
 
-    Returns the failures [(name, output file)], or None if a run or this process was told to stop.
+    Returns the names of those that failed, or None if a run or this process was told to stop.
     """
-    missing = [name for name in runs if not place.run_file(name).exists()]
+    missing = [name for name in runs if not (place.folder / f"runs/{name}.json").exists()]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are there already")
-    began, codes, stopped = time.time(), {}, threading.Event()
+    stopped, failed = threading.Event(), []
     # The terminal sends Ctrl-C to the runs too: they save, and no more are started.
     signal.signal(signal.SIGINT, lambda *_: stopped.set())
 
     def one(name):
         if stopped.is_set():
             return
-        code = execute(name, *runs[name], place, description)
-        if code == UNFINISHED:
+        code = call(plan.commands(name, *runs[name], place), place.output(name))
+        if code == 0:
+            keep(name, *runs[name], place, description)
+        elif code == UNFINISHED:
             stopped.set()
-        codes[name] = code
-        left = (time.time() - began) / len(codes) * (len(missing) - len(codes))
-        result = f"failed, see {place.out(name)}/output.txt" if code else "done"
-        print(f"{len(codes)}/{len(missing)}  {name}  {result}  {duration(left)} left", flush=True)
+        else:
+            failed.append(name)
+        print(f"{name}: exit code {code}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, missing))
-    if stopped.is_set():
-        return None
-    return [(name, plan.ROOT / place.out(name) / "output.txt") for name in missing if codes[name]]
-
-
-def draw(items, place, seed):
-    """Draw the pictures among `items`. Returns the failures as `execute_all` does."""
-    failed = []
-    for item in items:
-        output = plan.ROOT / place.out(f"{item}.txt")
-        if item in plan.PICTURES and call(plan.draw_command(item, place, seed), output):
-            failed.append((item, output))
-    return failed
+        list(pool.map(one, missing))                            # raises what `one` raises
+    return None if stopped.is_set() else failed
 
 
 def main(argv=None):
     args = parse(argv)
-    tables = [item for item in plan.ROWS if item not in plan.PICTURES]
-    items = {"all": list(plan.ROWS), "claims": tables}.get(args.item, [args.item])
-    if args.dry_run and not args.data:
-        for scale, path in plan.PLACEHOLDER.items():
-            dry_run(items, plan.Place(args.place or scale, scale, path, args.flags), args.seeds)
-        return 0
-    dataset = data.open_labelled(args.data)
-    scale = dataset.scale
-    place = plan.Place(args.place or scale, scale, dataset.path, args.flags)
+    items = {"all": list(plan.ROWS), "claims": plan.TABLES}.get(args.item, [args.item])
+    paths = plan.PLACEHOLDER
+    if args.data or not args.dry_run:
+        dataset = data.open_labelled(args.data)
+        paths = {dataset.scale: [dataset.path] if dataset.path else []}
+    for scale, path in paths.items():
+        place = plan.Place(args.place or scale, scale, path, args.flags)
+        runs = plan.runs(items, place, args.seeds)
+        pictures = plan.pictures(items, place, args.seeds[0])
+        if args.dry_run:
+            dry_run(place, runs, pictures)
     if args.dry_run:
-        dry_run(items, place, args.seeds)
         return 0
     check(place, dataset.description)
     failed = []
     if not args.collect:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.jobs)))
-        runs = plan.runs(items, place, args.seeds)
         failed = execute_all(runs, place, dataset.description, args.jobs)
         if failed is None:
             print("stopped; the same command continues")
             return UNFINISHED
-        failed += draw(items, place, args.seeds[0])
+        for item, words in pictures.items():
+            if call([words], place.output(item)):
+                failed.append(item)
     report.write(items, place)
-    for name, output in failed:
-        print(f"failed: {name}, see {output}")
+    for name in failed:
+        output = place.output(name)
+        last_line = output.read_text(errors="replace").strip().rpartition("\n")[-1]
+        print(f"failed: {name}: {last_line}; see {output}")
     return 1 if failed else 0
 
 

@@ -6,7 +6,6 @@ import functools
 import importlib
 import itertools
 import json
-import shlex
 from pathlib import Path
 
 import torch
@@ -14,9 +13,8 @@ import torch
 from common import train
 
 ROOT = Path(__file__).parent.parent
-# What stands for the folder of images in printed commands; the textures need none.
-PLACEHOLDER = {"imagenet": "IMAGENET", "cifar10": "CIFAR10", "textures": None}
-PROTOCOL = {"imagenet": "linear probe", "cifar10": "quick probe", "textures": "quick probe"}
+# The argument DATA in printed commands; the textures need none.
+PLACEHOLDER = {"imagenet": ["IMAGENET"], "cifar10": ["CIFAR10"], "textures": []}
 TABLE3_K = {"imagenet": (512, 65536), "cifar10": (64, 4096), "textures": (16, 1024)}
 LADDER = {"imagenet": (256, 512, 1024, 4096, 16384, 65536),     # K of Figure 4
           "cifar10": (16, 64, 256, 1024, 4096, 16384),
@@ -93,35 +91,36 @@ ROWS = {
 }
 PICTURES = {"figure2": "dip_inversion.py", "figure3": "tsne_aug.py",
             "figure5": "-m reproduce.figure5"}
+TABLES = [item for item in ROWS if item not in PICTURES]
 
-# `paper` is a number, a text or None; `feature` is the one that is probed.
-Cell = collections.namedtuple("Cell", "script flags paper feature")
+# The run `name` is made by `script` with `flags`; its `feature` is probed. `paper` is a number, a
+# text or None.
+Cell = collections.namedtuple("Cell", "name script flags paper feature")
 
 
 @dataclasses.dataclass
 class Place:
-    """A folder results/NAME: runs on the images of `path`, all with the same added `flags`."""
+    """A folder results/NAME of runs on the images DATA, all with the same added `flags`.
+
+    `data` is the argument DATA, as a list. The result of a run is kept as runs/RUN.json.
+    """
 
     name: str
     scale: str
-    path: str = None
+    data: list = ()
     flags: list = ()
 
     @property
     def folder(self):
         return ROOT / "results" / self.name
 
-    def run_file(self, name):
-        """Where the result of a run is kept."""
-        return self.folder / f"runs/{name}.json"
-
-    def data(self):
-        """The argument DATA of a command, as a list."""
-        return [self.path] if self.path else []
-
-    def out(self, run):
+    def out(self, name):
         """The folder of a run's checkpoint, relative to the project's root."""
-        return f"runs/reproduce/{self.name}/{run}"
+        return f"runs/reproduce/{self.name}/{name}"
+
+    def output(self, name):
+        """The file with the output of a run's commands."""
+        return ROOT / self.out(name) / "output.txt"
 
 
 def columns(item, scale):
@@ -144,55 +143,51 @@ def size(script, K):
     return ["--batch-size", str(batch)] + (["--chunk", str(CHUNK)] if batch > CHUNK else [])
 
 
-def cells(item, scale):
-    """{(row, column): Cell} of an item of the paper, in its order."""
-    found = {}
-    for row, (command, *numbers) in ROWS[item].items():
-        for column, paper in itertools.zip_longest(columns(item, scale), numbers):
-            script, *flags = command.split()
-            if column == "supervised":
-                script, flags = "linear_probe", ["--train", "all", *flags]
-            if column.startswith("K = "):
-                flags += size(script, int(column[4:]))
-            feature = row if item == "section3" else "h"
-            found[row, column] = Cell(script, flags, paper, feature)
-    return found
-
-
 def settings(script, flags, scale):
     """What a command resolves to, as text: equal for equal settings, whatever their preset."""
     module = importlib.import_module(script)
-    scales = module.SUPERVISED if script == "linear_probe" else module.SCALES
+    scales = getattr(module, "SUPERVISED", module.SCALES)
     args = vars(train.settings(module.flags(), flags, scale, scales, module.PRESETS))
-    free = (*train.RUN_FLAGS, "preset")
-    return json.dumps({k: v for k, v in args.items() if k not in free}, sort_keys=True)
+    for name in (*train.RUN_FLAGS, "preset"):
+        del args[name]
+    return json.dumps(args, sort_keys=True)
 
 
 @functools.cache
-def names(scale):
-    """{(item, row, column): (name, script, flags)} of all items, without seeds.
+def cells(scale):
+    """{(item, row, column): Cell} of the paper, in its order.
 
-    Cells with equal settings have one name, whichever item is asked for.
+    Cells with equal settings are one run, whichever item is asked for.
     """
     found, known = {}, {}
-    for item in ROWS:
-        for key, (script, flags, *_) in cells(item, scale).items():
-            words = [flag.lstrip("-") for flag in flags if flag not in ("--preset", "--train")]
-            run = "-".join([script, *words]), script, flags
-            found[(item, *key)] = known.setdefault(settings(script, flags, scale), run)
+    for item, rows in ROWS.items():
+        for row, (command, *numbers) in rows.items():
+            for column, paper in itertools.zip_longest(columns(item, scale), numbers):
+                script, *flags = command.split()
+                if column == "supervised":
+                    script, flags = "linear_probe", ["--train", "all", *flags]
+                if column.startswith("K = "):
+                    flags += size(script, int(column[4:]))
+                words = [flag.lstrip("-") for flag in flags if flag not in ("--preset", "--train")]
+                run = "-".join([script, *words]), script, flags
+                run = known.setdefault(settings(script, flags, scale), run)
+                feature = row if item == "section3" else "h"
+                found[item, row, column] = Cell(*run, paper, feature)
     return found
 
 
 def runs(items, place, seeds):
     """{name: (script, flags)}: the runs that `items` need, each setting once.
 
-    The place's flags come after the preset. Where a cell has the same flag, its own counts.
+    The place's flags come after the preset. Where a cell has the same flag, its own counts. Exits
+    with one line if a script does not take the place's flags.
     """
     found = {}
-    for (item, _, _), (name, script, flags) in names(place.scale).items():
+    for (item, *_), (name, script, flags, *_) in cells(place.scale).items():
         for seed in seeds if item in items else ():
-            found[f"{name}-seed{seed}"] = (
-                script, [*flags[:2], *place.flags, *flags[2:], "--seed", str(seed)])
+            run = script, [*flags[:2], *place.flags, *flags[2:], "--seed", str(seed)]
+            settings(*run, place.scale)                         # parses the flags
+            found[f"{name}-seed{seed}"] = run
     return found
 
 
@@ -204,36 +199,35 @@ def probes(script, flags, scale):
     if script == "linear_probe":
         return {"h": "result.json"}
     features = ["h", "hidden", "z"] if "table1" in flags else ["h"]
-    if PROTOCOL[scale] == "quick probe":
+    if scale != "imagenet":
         return {feature: f"probe/quick-{feature}.json" for feature in features}
     return {feature: f"probe{'' if feature == 'h' else f'-{feature}'}/result.json"
             for feature in features}
 
 
 def commands(name, script, flags, place):
-    """The training command, then the probes': lists of words."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """The training command, then the probes': lists of words.
+
+    The paper's linear probe on ImageNet, the quick probe elsewhere.
+    """
+    gpus = torch.cuda.device_count()
     python = ["torchrun", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else ["python"]
-    found = [[*python, f"{script}.py", *place.data(), *flags, "--out", place.out(name)]]
-    quick = ["--quick"] if PROTOCOL[place.scale] == "quick probe" else []
+    found = [[*python, f"{script}.py", *place.data, *flags, "--out", place.out(name)]]
+    quick = [] if place.scale == "imagenet" else ["--quick"]
     for feature in probes(script, flags, place.scale) if script != "linear_probe" else ():
-        found.append([*python, "linear_probe.py", *place.data(), *quick, "--encoder",
+        found.append([*python, "linear_probe.py", *place.data, *quick, "--encoder",
                       f"{place.out(name)}/checkpoint.pt", "--feature", feature])
     return found
 
 
-def draw_command(item, place, seed):
-    """The words of the command that draws Figure 2, 3 or 5 from the runs of a seed."""
-    words = ["python", *PICTURES[item].split()]
-    for flag in ROWS[item]:
-        name, *_ = names(place.scale)[item, flag, "MoCo v2"]
-        words += [flag] if flag else []
-        words.append(f"{place.out(name)}-seed{seed}/checkpoint.pt")
-    return [*words, *place.data(), "--out", f"results/{place.name}"]
-
-
-def reproduce_command(item, place):
-    """The command that runs what is missing of an item, as text."""
-    words = ["python", "-m", "reproduce", item, *place.data()]
-    words += ["--as", place.name] if place.name != place.scale else []
-    return shlex.join(words + (["--flags", shlex.join(place.flags)] if place.flags else []))
+def pictures(items, place, seed):
+    """{item: words of the command that draws it from the runs of a seed}: Figures 2, 3 and 5."""
+    found = {}
+    for item in items:
+        if item in PICTURES:
+            words = ["python", *PICTURES[item].split()]
+            for flag in ROWS[item]:
+                name = cells(place.scale)[item, flag, "MoCo v2"].name
+                words += [*flag.split(), f"{place.out(name)}-seed{seed}/checkpoint.pt"]
+            found[item] = [*words, *place.data, "--out", f"results/{place.name}"]
+    return found

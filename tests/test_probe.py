@@ -66,7 +66,7 @@ def test_a_probe_runs_reports_and_continues(made, inside):
     assert "finished already" in inside(linear_probe, *argv, cwd=made)
     out = inside(linear_probe, "--encoder", "moco/checkpoint.pt", "--epochs", "1", "--out", "one",
                  cwd=made)
-    assert "note: batch size 44, the whole data set; learning rate 5.15625 by the linear" in out
+    assert "note: batch size 44, all images; learning rate 5.15625 by the linear rule" in out
 
 
 def test_the_probe_is_sgd_at_lr_30_divided_by_10_at_60_and_80_epochs():
@@ -346,6 +346,6 @@ def test_bad_input_gets_one_line(made, tmp_path, inside, monkeypatch):
              "--feature hidden: the head of this encoder has no hidden layer"),
             ([images, "--preset", "table2a-medium"],
              "--preset table2a-medium: a supervised row; it needs --train all"),
-            ([images, "--train", "all", *encoder], "--train all starts from random weights"),
+            ([images, "--train", "all", *encoder], "--train all starts anew: it excludes"),
             ([*encoder, "--encoder", "a", "b"], "--encoder: expected one")]:
         assert line in refused(linear_probe, *argv)
