@@ -189,7 +189,8 @@ def _read(files, make, tasks, workers, pin=False):
     """
     tasks, requested = itertools.tee(tasks)
     loader = DataLoader(_Files(files, make), batch_sampler=tasks, num_workers=workers,
-                        generator=torch.Generator(), pin_memory=pin)
+                        generator=torch.Generator(), pin_memory=pin,
+                        prefetch_factor=4 if workers else None)
     replaced = set()
     for task, (read, x) in zip(requested, loader):
         for (i, _), j in zip(task, read.tolist()):
