@@ -134,9 +134,8 @@ def draw_ranks(cdf, batch, seed, step):
 
     With replacement, so that the number of negatives stays K.
     """
-    generator = augment.device_generator(cdf.device, "ranks", seed, step)
-    u = torch.rand(batch, len(cdf), device=cdf.device, generator=generator)[ddp.rows(batch)]
-    return torch.searchsorted(cdf, u, right=True).clamp_(max=len(cdf) - 1)
+    u = augment.uniform((batch, len(cdf)), cdf.device, "ranks", seed, step)
+    return torch.searchsorted(cdf, u[ddp.rows(batch)], right=True).clamp_(max=len(cdf) - 1)
 
 
 # Settings. A scale belongs to a kind of data; a preset is a row of a table and differs from it.

@@ -49,6 +49,13 @@ def device_generator(device, purpose, *key):
     return torch.Generator(device).manual_seed(seed)
 
 
+def uniform(shape, device, purpose, *key):
+    """Many uniform float32 numbers in [0, 1), drawn on `device`. On a CPU, numpy is faster."""
+    if device.type == "cpu":
+        return torch.from_numpy(generator(purpose, *key).random(shape, np.float32))
+    return torch.rand(shape, device=device, generator=device_generator(device, purpose, *key))
+
+
 def jitter_strength(s):
     """Brightness, contrast, saturation and hue for SimCLR's strength s (Table 2 (b)).
 

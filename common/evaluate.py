@@ -41,7 +41,7 @@ def knn(bank, bank_labels, queries, query_labels, k=200, temperature=.1):
     `bank` (n, D) and `queries` (m, D) are compared by cosine similarity; each of the k nearest
     votes for its label with weight exp(cosine / temperature).
     """
-    bank, k, classes, right = unit(bank), min(k, len(bank)), int(bank_labels.max()) + 1, 0
+    bank, k, classes, right = unit(bank), min(k, len(bank)), n_classes(bank_labels), 0
     bank_labels, query_labels = bank_labels.to(bank.device), query_labels.to(bank.device)
     for part, labels in zip(unit(queries).split(256), query_labels.split(256)):
         cosine, nearest = (part @ bank.T).topk(k, dim=1)                        # (256, k)
@@ -49,6 +49,11 @@ def knn(bank, bank_labels, queries, query_labels, k=200, temperature=.1):
         votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
         right += (votes.argmax(1) == labels).sum()
     return 100 * right.item() / len(queries)
+
+
+def n_classes(labels):
+    """The number of classes that `labels` (n,) refer to."""
+    return int(labels.max()) + 1
 
 
 def monitor(encoder, dataset, **options):
@@ -80,7 +85,7 @@ def quick_probe(train, labels, test, test_labels, seed=0):
     variance, axes = torch.linalg.eigh(train.T @ train / len(train))
     train, test, variance = train @ axes, test @ axes, variance.clamp(min=0)
     labels, test_labels = labels.to(train.device), test_labels.to(train.device)
-    classes = int(labels.max()) + 1
+    classes = n_classes(labels)
     order = augment.generator("held out", seed).permutation(len(train))
     order = torch.from_numpy(order).to(train.device)
     held, fit = order[:len(train) // 10], order[len(train) // 10:]

@@ -109,27 +109,28 @@ class Run:
 
     def _restore(self):
         """Lock the folder and restore the newest checkpoint; returns its step, or 0."""
-        error = None
+        saved = error = None
         try:
             if ddp.rank() == 0:                                 # it decides for all processes
                 self.lock = checkpoint.lock(self.out)
-                self._recover()
+                saved = self._recover()
         except UserError as caught:
             error = caught
         if ddp.any_process(error is not None, self.device):
             raise error or UserError("see the message of process 0")
-        if not self.path.exists():
+        if ddp.rank() and self.path.exists():
+            saved = checkpoint.read(self.path, checkpoint.CONTENT)
+        if saved is None:
             return 0
-        saved = checkpoint.read(self.path, checkpoint.CONTENT)
         checkpoint.restore(saved, self.state)
         return saved["step"]
 
     def _recover(self):
-        """Leave the newest intact checkpoint of this run at `path`, or none."""
+        """Leave the newest intact checkpoint of this run at `path`; returns it, or None."""
         if self.fresh:
             for name in ("checkpoint.pt", "previous.pt"):
                 (self.out / name).unlink(missing_ok=True)
-            return
+            return None
         try:
             saved, where, damage = checkpoint.newest(self.path)
         except UserError as error:
@@ -137,7 +138,7 @@ class Run:
         if saved is None:
             if self.events.entries():
                 ddp.say(f"note: {self.out} has a log but no checkpoint; the run starts anew")
-            return
+            return None
         different = differences(saved["settings"], self.settings)
         if not 0 <= saved["step"] <= self.total:
             different = f"step {saved['step']} there, {self.total} in all here"
@@ -149,6 +150,7 @@ class Run:
             if damage:
                 os.replace(self.path, self.out / "damaged.pt")
             os.replace(where, self.path)
+        return saved
 
     def steps(self, batches):
         """Iterate over `batches`, tuples that begin with the step; do what is due after each."""

@@ -326,8 +326,7 @@ def draw_rows(batch, K, device, rounds):
         return torch.from_numpy(np.stack(rows)).to(device)
 
     def uniform():
-        generator = augment.device_generator(device, "ranks", 0, 0)
-        return torch.rand(batch, K, device=device, generator=generator)
+        return augment.uniform((batch, K), device, "ranks", 0, 0)
     pairs = {
         "uniform numbers for hard negatives":
             (uniform, lambda: numpy_rows(lambda rng: rng.random(K, np.float32))),

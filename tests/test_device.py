@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dip_inversion
@@ -23,7 +23,7 @@ import linear_probe
 import moco_v2
 import simclr
 import tsne_aug
-from common import UserError, augment, data, ddp, train
+from common import UserError, augment, data, ddp, evaluate, train
 from common.model import Encoder, GroupBatchNorm2d, head, resnet, update_statistics
 from common.run import Run
 
@@ -206,7 +206,29 @@ def test_a_step_mixes_no_devices(name, monkeypatch):
     with FakeTensorMode():
         with torch.device("cuda"):
             step = STEPS[name](torch.device("cuda"))
-        step()
+        with Operators() as seen:
+            step()
+    assert seen.launches() > 10 and seen.transfers == 0
+
+
+@pytest.mark.parametrize("name", ["knn", "quick probe"])
+def test_evaluation_mixes_no_devices(name, monkeypatch):
+    """With features on fake CUDA tensors and labels on the CPU, up to the first value that is read.
+
+    That is the accuracy for kNN, and for the quick probe the first loss of its L-BFGS search.
+    """
+    monkeypatch.setattr(evaluate, "n_classes", lambda labels: CLASSES)
+    with FakeTensorMode():
+        bank, queries = torch.randn(60, 16, device="cuda"), torch.randn(20, 16, device="cuda")
+        labels, truth = torch.zeros(60).long(), torch.zeros(20).long()
+        with pytest.raises(DataDependentOutputException) as caught:
+            if name == "knn":
+                evaluate.knn(bank, labels, queries, truth)
+            else:
+                evaluate.quick_probe(bank, labels, queries, truth)
+    lines = [str(entry.statement) for entry in caught.traceback]
+    read = "right.item()" if name == "knn" else "search.step(loss)"
+    assert any(read in line for line in lines), lines
 
 
 def test_reads_and_mixed_devices_are_noticed():

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import refused, run, signal_handlers_restored
+from conftest import refused, signal_handlers_restored
 from PIL import Image
 from scipy import stats
 
@@ -369,11 +369,9 @@ HARD = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--epochs"
         "--negatives", "hard")
 
 
-@pytest.mark.parametrize("torchrun", [0, 2])
-def test_figure_5_is_drawn_from_a_finished_run(small, tmp_path, torchrun):
-    """Also from a run of two processes, which draw nothing themselves."""
-    run("moco_v2.py", small, *HARD, "--out", "out", cwd=tmp_path, torchrun=torchrun,
-        OMP_NUM_THREADS="1")
+def test_figure_5_is_drawn_from_a_finished_run(small, tmp_path, inside):
+    """The run draws nothing itself. test_scripts.py draws it from a run of two processes."""
+    inside(moco_v2, small, *HARD, "--out", "out", cwd=tmp_path)
     assert not (tmp_path / "out/figure5.png").exists()
     figure5.main([str(tmp_path / "out/checkpoint.pt"), str(small)])
     with Image.open(tmp_path / "out/figure5.png") as picture:

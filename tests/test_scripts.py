@@ -131,6 +131,11 @@ def test_hard_negatives_under_torchrun_run_to_their_end_are_saved_and_resume(sma
     assert load(tmp_path / "out/checkpoint.pt")["step"] == 15
     assert [e["epoch"] for e in entries(tmp_path / "out", "epoch")] == [0, 1, 2, 3]
     assert len(entries(tmp_path / "out", "finished")) == 1
+    # Figure 5 is drawn afterwards, by one process: drawing it in the run would wait forever.
+    assert not (tmp_path / "out/figure5.png").exists()
+    figure5.main([str(tmp_path / "out/checkpoint.pt"), str(small)])
+    with Image.open(tmp_path / "out/figure5.png") as picture:
+        assert picture.size[0] > 1000 and len(np.unique(np.asarray(picture))) > 50
 
 
 BRIEF = ("--arch", "resnet10", "--batch-size", "8", "--epochs", "3")
