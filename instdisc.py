@@ -112,7 +112,7 @@ SCALES = {
                     long_epochs=200, batch_size=128, weight_decay=5e-4, temperature=.1),
     # With the released learning rate of .03 nothing is learned here: an epoch has 156 steps, and
     # features change faster than the bank is updated.
-    "textures": dict(INSTDISC, arch="resnet10", size=32, epochs=18, long_epochs=18, batch_size=64,
+    "textures": dict(INSTDISC, arch="resnet10", size=32, epochs=24, long_epochs=24, batch_size=64,
                      base_lr=.003, warmup=150, weight_decay=5e-4, K=1024, temperature=.2,
                      n_evals=4),
 }
@@ -169,12 +169,15 @@ def main(argv=None):
     check(args)
     n, steps_per_epoch = args.images, data.steps_per_epoch(args.images, args.batch_size)
     encoder, memory, Z, optimizer = build(args, device)
+    augmented = augment.Augment(args.stack, (.4, .4, .4, .4), normalisation=args.scale,
+                                seed=args.seed).to(device)
     options = train.feature_options(args, device)
+    signals = train.monitor(args, dataset, encoder, augmented, device)
 
     def monitor():
-        """kNN accuracies in percent: of h, and of z with the bank as neighbours, as released."""
-        found = evaluate.monitor(encoder, dataset, **options)
-        if found:
+        """Also the kNN accuracy in percent of z with the bank as neighbours, as released."""
+        found = signals()
+        if dataset.test:
             z = evaluate.features(encoder, dataset.test, feature="z", **options)
             found["bank_knn"] = evaluate.knn(memory, dataset.train.labels, z, dataset.test.labels,
                                              temperature=args.temperature)
@@ -184,8 +187,6 @@ def main(argv=None):
               evaluate=monitor, chance=chance(args),
               **train.run_options(args, steps_per_epoch, device))
     embed = train.embedder(ddp.wrap(encoder), device, args.precision, args.compile)
-    augmented = augment.Augment(args.stack, (.4, .4, .4, .4), normalisation=args.scale,
-                                seed=args.seed).to(device)
     learning_rate = functools.partial(
         train.learning_rate, lr=args.lr, schedule=args.schedule, warmup=args.warmup,
         epochs=args.epochs, steps_per_epoch=steps_per_epoch)

@@ -2,12 +2,14 @@
 
 The paper freezes the encoder f, discards its head and trains a linear classifier on h = f(x) by SGD
 on crops and flips (He et al. 2020, Sec. 4.1). `--feature` probes what the head makes of h. With
-`--quick`, it is a logistic regression on features of whole images, in seconds. `--train all` trains
-f too, from random weights: the supervised rows.
+`--quick`, it is a logistic regression on features of whole images, in seconds; with `--predict`, it
+asks the features which transformation an image has undergone (Sec. 3). `--train all` trains f too,
+from random weights: the supervised rows.
 
     torchrun --nproc_per_node=8 linear_probe.py IMAGENET --encoder FILE
     python linear_probe.py                              # the newest checkpoint under runs/
     python linear_probe.py --quick --encoder random FILE        # beside the untrained encoder
+    python linear_probe.py --quick --feature h hidden z --predict class rotation grey hue
     python linear_probe.py IMAGENET --train all --preset table2a-medium
 
 x (N, 3, H, W): one view of N images. h (N, width). hidden: the activation after the head's first
@@ -17,6 +19,7 @@ ReLU. z (N, D): the output of the head. y (N,): labels; logits (N, classes).
 import functools
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +73,80 @@ def test(model, dataset, **options):
             "confusion": pairs.view(classes, classes).tolist() if classes <= 20 else None}
 
 
+# Section 3: which transformation has an image undergone? The head is said to remove what the loss
+# does not need. Each function maps uint8 images x (n, 3, s, s), number i, i + 1, ... of the data
+# set, to transformed ones.
+
+def grey(x, i):
+    return augment.grayscale(x.float()).round().byte().expand_as(x)
+
+
+def noise(x, i):
+    """Gaussian noise of standard deviation .1, which depends on the image's number only."""
+    drawn = [augment.generator("noise", i + k).standard_normal(x.shape[1:], np.float32)
+             for k in range(len(x))]
+    return (x + 25.5 * torch.from_numpy(np.stack(drawn)).to(x.device)).round().clamp(0, 255).byte()
+
+
+def sobel(x, i):
+    """Length of the gradient of each channel; a step from black to white gives white."""
+    weight = torch.tensor([[1., 0., -1.], [2., 0., -2.], [1., 0., -1.]], device=x.device) / 4
+    weight = torch.stack([weight, weight.T])[:, None]                           # (2, 1, 3, 3)
+    padded = F.pad(x.float().flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, weight).norm(dim=1).view(x.shape).round().clamp(0, 255).byte()
+
+
+def rotate(x, i, turns):
+    return x.rot90(turns, (2, 3))
+
+
+# The variants of each image, which are to be told apart; None is the image itself.
+VARIANTS = {"rotation": (None, *(functools.partial(rotate, turns=k) for k in (1, 2, 3))),
+            "grey": (None, grey), "noise": (None, noise), "sobel": (None, sobel)}
+MOST = 5000                                     # images at most on either side of a prediction
+
+
+def hues(images, **options):
+    """Labels (n,): the hue of the mean colour of each image, in six bins."""
+    means = torch.cat([x.float().mean((2, 3)) for x in data.whole(images, batch=500, **options)])
+    red, green, blue = means.cpu().unbind(1)
+    turn = torch.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue) / (2 * math.pi)
+    return (turn.remainder(1) * 6).long().clamp(max=5)
+
+
+def split(dataset, seed):
+    """Training and test images of the predictions; without test images, a fifth of all."""
+    rng, train, test = augment.generator("predictions", seed), dataset.train, dataset.test
+    if test is None:
+        parts = np.split(rng.permutation(len(train)), [len(train) // 5])
+        test, train = (train.take(part) for part in parts)
+    return [part.take(rng.permutation(len(part))[:MOST]) for part in (train, test)]
+
+
+def examples(what, feature, encoder, images, h, options):
+    """Features (n, D) and labels (n,) for a prediction; h of all variants is kept in the dict h."""
+    changes = VARIANTS.get(what, [None])
+    for change in changes:
+        if change not in h:
+            h[change] = evaluate.features(encoder, images, change=change, **options)
+    labels = torch.arange(len(changes)).repeat_interleave(len(images))
+    if what == "class":
+        labels = images.labels
+    if what == "hue":
+        labels = hues(images, **{name: options[name] for name in ("size", "device", "workers")})
+    with torch.no_grad():
+        return encoder.project(torch.cat([h[change] for change in changes]), feature), labels
+
+
+def answer(what, feature, encoder, sides, options, seed):
+    """The quick probe's result for a prediction, with that of a constant guess; kNN for `class`."""
+    (x, y), (queries, t) = (examples(what, feature, encoder, *side, options) for side in sides)
+    found = evaluate.quick_probe(x, y, queries, t, seed, copies=len(VARIANTS.get(what, [None])))
+    if what == "class":
+        found["knn"] = evaluate.knn(x, y, queries, t)
+    return {**found, "guess": 100 * t.bincount().max().item() / len(t)}
+
+
 def fingerprints(module):
     """{name: short hash} of all parameters and buffers."""
     return {name: hashlib.sha1(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
@@ -87,8 +164,8 @@ def check_unchanged(module, before):
 # Settings. The probe: learning rate 30 for 256 images, divided by 10 at .6 and .8 of the epochs.
 # Supervised: PyTorch's ImageNet recipe. Table 2: the augmentation of MoCo v2 at the same scale.
 
-PROBE = dict(stack="weak", jitter=.5, blur=False, crop=(.08, 1.), batch_size=256, base_lr=30.,
-             warmup=0, weight_decay=0., drops=(.6, .8), bn_group=32, n_evals=1000)
+PROBE = dict(head="none", stack="weak", jitter=.5, blur=False, crop=(.08, 1.), batch_size=256,
+             base_lr=30., warmup=0, weight_decay=0., drops=(.6, .8), bn_group=32, n_evals=1000)
 SCALES = {
     "imagenet": dict(PROBE, arch="resnet50", size=224, epochs=100),
     "cifar10": dict(PROBE, arch="resnet18-3x3", size=32, epochs=100),
@@ -104,7 +181,8 @@ SUPERVISED = {
 STRONG = dict(stack="moco_v2", crop=(.2, 1.))
 PRESETS = {
     "probe": {},
-    "supervised": {},                                   # all others need --train all
+    "supervised": {},                                   # this and all others need --train all
+    "supervised-mlp": dict(head="mlp"),
     "table2a-baseline": dict(STRONG),
     "table2a-medium": dict(STRONG, crop=(.2, .5)),
     "table2a-extreme": dict(STRONG, crop=(.02, .1)),
@@ -120,8 +198,14 @@ def flags():
     add = parser.add_argument
     add("--encoder", nargs="+", metavar="FILE", help="checkpoint of ours, FAIR's or torchvision's; "
         "torchvision[:NAME]; random; several with --quick (default: the newest under runs/)")
-    add("--feature", choices=("h", "hidden", "z"), default="h", help="what is probed; paper: h")
+    add("--feature", choices=("h", "hidden", "z"), nargs="+", default=["h"],
+        help="what is probed (default, and the paper: h); several with --quick")
     add("--quick", action="store_true", help="kNN and logistic regression on frozen features")
+    add("--predict", choices=("class", *VARIANTS, "hue"), nargs="+", metavar="WHAT",
+        help="with --quick: class (default), or a transformation of the image: rotation, grey, "
+        "noise, sobel; or the hue of its mean colour")
+    add("--head", choices=("none", "mlp"), help="with --train all: the classifier is one layer "
+        "(default), or an MLP like MoCo v2's head")
     add("--train", choices=("linear", "all"), default="linear", help="all: supervised training")
     add("--bn-group", type=train.SEVERAL, metavar="n", help="images that share batch statistics")
     return parser
@@ -131,10 +215,16 @@ def check(args):
     """Raises UserError if flags exclude each other."""
     if args.train == "linear" and args.preset != "probe":
         raise UserError(f"--preset {args.preset}: a supervised row; it needs --train all")
-    if args.train == "all" and (args.encoder or args.quick or args.feature != "h"):
+    if args.train == "all" and (args.encoder or args.quick or args.feature != ["h"]):
         raise UserError("--train all starts anew: it excludes --encoder, --quick and --feature")
-    if len(args.encoder or []) > 1 and not args.quick:
-        raise UserError("--encoder: expected one, or several with --quick")
+    if args.train == "linear" and args.head:
+        raise UserError(f"--head {args.head}: the head of supervised training; it needs "
+                        "--train all")
+    for name in ("encoder", "feature"):
+        if len(getattr(args, name) or []) > 1 and not args.quick:
+            raise UserError(f"--{name}: expected one, or several with --quick")
+    if args.predict and not args.quick:
+        raise UserError("--predict: needs --quick")
 
 
 def newest_checkpoint():
@@ -152,7 +242,8 @@ def read_encoders(args):
     names = args.encoder or [newest_checkpoint()]
     found = {name: load_encoder(name) for name in names if name != "random"}
     saved = next((found[name][1] for name in reversed(names) if name in found), {})
-    dataset = data.open_labelled(args.data or saved.get("data"))
+    labelled = not args.predict or "class" in args.predict
+    dataset = (data.open_labelled if labelled else data.open_data)(args.data or saved.get("data"))
     scale = SCALES[dataset.scale]
     if "random" in names:
         arch = args.arch or saved.get("arch") or scale["arch"]
@@ -160,34 +251,51 @@ def read_encoders(args):
     encoders, missing = [], {"scale": dataset.scale, "size": scale["size"]}
     for name in names:
         encoder, settings = found[name][0], {**missing, **found[name][1]}
-        encoder.check_feature(args.feature)
+        for feature in args.feature:
+            encoder.check_feature(feature)
+        if args.predict and "sobel" in args.predict and settings["size"] < 3:
+            raise UserError(f"{name}: --predict sobel needs images of 3 pixels or more, and this "
+                            f"encoder reads {settings['size']}")
         encoders.append((name, encoder, {"normalisation": settings["scale"], **settings}))
     return encoders, dataset
 
 
 def quick(args):
-    """kNN and quick probe of every encoder, as a table; the last line is the last one's probe."""
-    device = ddp.init(args.device)
+    """The quick probe of every encoder and feature, as a table and as quick-FEATURE.json."""
+    device, asked = ddp.init(args.device), args.predict or ["class"]
     encoders, dataset = read_encoders(args)
-    labels, test_labels = dataset.train.labels, dataset.test.labels
-    ddp.say(f"top-1 accuracy of {args.feature} in percent\n{'kNN':>8} {'probe':>8}   encoder")
+    sampled = split(dataset, args.seed)
+    columns = ["kNN"] * ("class" in asked) + asked
+    ddp.say(f"top-1 accuracy in percent\n{''.join(f'{name:>10}' for name in columns)}   encoder")
     for name, encoder, settings in encoders:
-        encoder.to(device, memory_format=torch.channels_last)
+        encoder.eval().to(device, memory_format=torch.channels_last)
         options = dict(normalisation=settings["normalisation"], size=settings["size"],
-                       device=device, workers=args.workers, feature=args.feature,
-                       precision=args.precision or "fp32")
-        bank = evaluate.features(encoder, dataset.train, **options)
-        queries = evaluate.features(encoder, dataset.test, **options)
-        result = {"encoder": name, "feature": args.feature, "data": dataset.description,
-                  "seed": args.seed, "knn": evaluate.knn(bank, labels, queries, test_labels),
-                  **evaluate.quick_probe(bank, labels, queries, test_labels, args.seed)}
-        ddp.say(f"{result['knn']:8.2f} {result['top1']:8.2f}   {name}")
-        if ddp.rank() == 0 and Path(name).is_file():
-            path = Path(name).parent / f"probe/quick-{args.feature}.json"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps({**result, **machine(device)}, indent=1))
-    ddp.say(f"top-1 {result['top1']:.2f} %")
+                       device=device, workers=args.workers, precision=args.precision or "fp32")
+        whole = [(part, {}) for part in (dataset.train, dataset.test)]
+        parts = [(part, {}) for part in sampled]
+        for feature in args.feature:
+            found = {what: answer(what, feature, encoder, whole if what == "class" else parts,
+                                  options, args.seed) for what in asked}
+            say_row(found, "top1", f"{name}, {feature}")
+            out = args.out or (Path(name).parent / "probe" if Path(name).is_file() else None)
+            if out and ddp.rank() == 0:
+                path = Path(out) / f"quick-{feature}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(
+                    {"encoder": name, "feature": feature, "data": dataset.description,
+                     "seed": args.seed, **found.get("class", {}), "predictions": found,
+                     **machine(device)}, indent=1))
+    say_row(found, "guess", "(a constant guess)")
+    ddp.say(f"top-1 {found[asked[0]]['top1']:.2f} %")
     ddp.close()
+
+
+def say_row(found, value, name):
+    """Print a row of the table of `quick`; for the class, the accuracy of kNN comes first."""
+    values = [answers[value] for answers in found.values()]
+    if "class" in found:
+        values.insert(0, found["class"]["knn" if value == "top1" else value])
+    ddp.say("".join(f"{number:10.2f}" for number in values) + f"   {name}")
 
 
 def prepare_probe(argv, first):
@@ -202,7 +310,7 @@ def prepare_probe(argv, first):
     if args.batch_size > n:
         args.lr, args.batch_size = args.lr * n / args.batch_size, n
         ddp.say(f"note: batch size {n}, all images; learning rate {args.lr:g} by the linear rule")
-    args.encoder = name
+    args.encoder, [args.feature] = name, first.feature
     if Path(name).is_file():
         folder = "probe" if args.feature == "h" else f"probe-{args.feature}"
         args.encoder, args.out = str(Path(name).resolve()), first.out or Path(name).parent / folder
@@ -224,7 +332,7 @@ def build(args, device, frozen=None):
     """`(model, logits_of, optimizer)`; with `frozen`, only the classifier is trained."""
     torch.manual_seed(args.seed)
     f = frozen or resnet(args.arch, args.bn_group)
-    model = Encoder(f, head("none", f.width, args.classes))
+    model = Encoder(f, head(args.head, f.width, args.classes))
     model.to(device, memory_format=torch.channels_last)
     if frozen:
         nn.init.normal_(model.g[0].weight, std=.01)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import UserError, augment, data, ddp, evaluate, train
+from common import UserError, augment, data, ddp, train
 from common.loss import info_nce, unit
 from common.model import HEADS, Encoder, head, resnet
 from common.run import Run
@@ -150,7 +150,7 @@ SCALES = {
     "cifar10": dict(MOCO_V2, arch="resnet18-3x3", size=32, epochs=200, long_epochs=200,
                     batch_size=256, base_lr=.03, warmup=0, weight_decay=5e-4, K=4096, m=.99,
                     temperature=.1, blur=False, n_evals=20),
-    "textures": dict(MOCO_V2, arch="resnet10", size=32, epochs=9, long_epochs=9, batch_size=64,
+    "textures": dict(MOCO_V2, arch="resnet10", size=32, epochs=12, long_epochs=12, batch_size=64,
                      base_lr=.03, warmup=150, weight_decay=5e-4, K=1024, m=.99, temperature=.2,
                      blur=False, n_evals=4),
 }
@@ -231,15 +231,14 @@ def main(argv=None):
     cdf = rank_distribution(args.negatives, args.K, args.skew, args.skew_scale)
     steps_per_epoch = data.steps_per_epoch(args.images, args.batch_size)
     moco, optimizer = build(args, device)
-    options = train.feature_options(args, device)
+    jitter = (.4,) * 4 if args.stack == "moco_v1" else augment.jitter_strength(args.jitter)
+    augmented = augment.Augment(args.stack, jitter, args.blur, args.scale, args.seed).to(device)
     run = Run({"f": moco.encoder_q.f, "g": moco.encoder_q.g, "encoder_k": moco.encoder_k,
                "queue": moco.queue, "optimizer": optimizer},
-              evaluate=lambda: evaluate.monitor(moco.encoder_q, dataset, **options),
+              evaluate=train.monitor(args, dataset, moco.encoder_q, augmented, device),
               chance=math.log(args.K + 1), **train.run_options(args, steps_per_epoch, device))
     moco.embed_q = train.embedder(ddp.wrap(moco.encoder_q), device, args.precision, args.compile)
     moco.embed_k = train.embedder(moco.encoder_k, device, args.precision, args.compile)
-    jitter = (.4,) * 4 if args.stack == "moco_v1" else augment.jitter_strength(args.jitter)
-    augmented = augment.Augment(args.stack, jitter, args.blur, args.scale, args.seed).to(device)
     learning_rate = functools.partial(
         train.learning_rate, lr=args.lr, schedule=args.schedule, warmup=args.warmup,
         epochs=args.epochs, steps_per_epoch=steps_per_epoch)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import UserError, augment, data, ddp, evaluate, train
+from common import UserError, augment, data, ddp, train
 from common.loss import info_nce, unit
 from common.model import Encoder, resnet
 from common.run import Run
@@ -208,7 +208,7 @@ SCALES = {
     "cifar10": dict(SIMCLR, arch="resnet18-3x3", size=32, epochs=200, long_epochs=200,
                     batch_size=512, base_lr=2., weight_decay=1e-4, temperature=.5, jitter=.5,
                     blur=False, n_evals=20),
-    "textures": dict(SIMCLR, arch="resnet10", size=32, epochs=9, long_epochs=9, batch_size=64,
+    "textures": dict(SIMCLR, arch="resnet10", size=32, epochs=12, long_epochs=12, batch_size=64,
                      base_lr=.5, weight_decay=1e-4, temperature=.2, jitter=.5, blur=False,
                      n_evals=4, warmup_epochs=1),
 }
@@ -279,16 +279,15 @@ def main(argv=None):
     K = 2 * (args.batch_size - 1)
     ddp.say(f"K = 2 ({args.batch_size} - 1) = {K} negatives")
     encoder, optimizer = build(args, device)
-    options = train.feature_options(args, device)
+    augmented = augment.Augment(args.stack, augment.jitter_strength(args.jitter), args.blur,
+                                args.normalisation, args.seed).to(device)
     run = Run({"f": encoder.f, "g": encoder.g, "optimizer": optimizer},
-              evaluate=lambda: evaluate.monitor(encoder, dataset, **options),
+              evaluate=train.monitor(args, dataset, encoder, augmented, device),
               chance=math.log(K + 1), stop_every=1 if args.chunk else 10,
               **train.run_options(args, steps_per_epoch, device))
     wrapped = ddp.wrap(encoder)
     embed = train.embedder(wrapped, device, args.precision, args.compile)
     no_sync = wrapped.no_sync if ddp.world() > 1 else contextlib.nullcontext
-    augmented = augment.Augment(args.stack, augment.jitter_strength(args.jitter), args.blur,
-                                args.normalisation, args.seed).to(device)
     batches = train.views(args, dataset.train, 2, run, device)
     batch, mine = args.batch_size, np.arange(args.batch_size)[ddp.rows(args.batch_size)]
 

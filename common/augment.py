@@ -18,7 +18,7 @@ from common import ddp
 # Channel means and standard deviations of images in [0, 1].
 NORMALISE = {"imagenet": ((.485, .456, .406), (.229, .224, .225)),
              "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010)),
-             "textures": ((.5, .5, .5), (.17, .17, .17)),
+             "textures": ((.5, .5, .5), (.21, .21, .21)),
              "unit": ((0., 0., 0.), (1., 1., 1.))}              # none: SimCLR
 # What follows the random resized crop: operation and probability, in the released order.
 STACKS = {

@@ -1,4 +1,4 @@
-"""What a frozen encoder knows: features, weighted kNN, and the quick probe."""
+"""What a frozen encoder knows: features, kNN, the quick probe, and signals without labels."""
 
 import torch
 import torch.nn.functional as F
@@ -7,23 +7,28 @@ from common import augment, data, ddp
 from common.loss import unit
 
 MONITOR = 100_000                               # images at most in the bank of `monitor`
+UNLABELLED = 10_000                             # the same without labels
 
 
 @torch.no_grad()
 def features(encoder, images, *, normalisation, size, device, workers, feature="h",
-             precision="fp32", batch=500):
+             precision="fp32", batch=500, change=None):
     """Features (n, D) float32 on `device` of all un-augmented images, in order, in eval mode.
 
-    `feature` is named as in `Encoder.embed`. The encoder's training mode is restored. Processes
-    share the work and return all rows.
+    `feature` is named as in `Encoder.embed`. `change(x, i)`, if given, transforms uint8 images x,
+    which are number i, i + 1, ... of all. The encoder's training mode is restored. Processes share
+    the work and return all rows.
     """
     training = encoder.training
     encoder.eval()
     normalise = augment.Augment("none", normalisation=normalisation).to(device)
     longest = -(-len(images) // ddp.world())
     out, done = torch.zeros(longest, encoder.width(feature), device=device), 0
-    mine = images.take(ddp.rows(len(images)))
-    for x in data.whole(mine, size=size, batch=batch, device=device, workers=workers):
+    rows = ddp.rows(len(images))
+    for x in data.whole(images.take(rows), size=size, batch=batch, device=device,
+                        workers=workers):
+        if change:
+            x = change(x, rows.start + done)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             out[done:done + len(x)] = encoder.embed(normalise.transform(x, {}), feature)
         done += len(x)
@@ -56,16 +61,56 @@ def n_classes(labels):
     return int(labels.max()) + 1
 
 
-def monitor(encoder, dataset, **options):
-    """{"knn": kNN accuracy of h in percent}, or {} without labels. `options` as in `features`.
+def monitor(encoder, dataset, crops, augmented, **options):
+    """How good the features are, as a dict: `knn` (with labels only) and three label-free signals.
 
-    Of large data sets, every n-th image: at most 100,000 in the bank and 10,000 queries.
+    `knn` is the kNN accuracy of h in percent. `alignment` and `uniformity` are those of z, on
+    uint8 crops (2, n, 3, H, W) that `augmented` turns into views, always the same. `rank` is the
+    effective rank of h. `options` as in `features`. Of large data sets, every n-th image is used:
+    at most 100,000 in the bank (10,000 without labels) and 10,000 queries.
     """
-    if dataset.test is None:
-        return {}
-    bank, queries = thin(dataset.train, MONITOR), thin(dataset.test, MONITOR // 10)
-    return {"knn": knn(features(encoder, bank, **options), bank.labels,
-                       features(encoder, queries, **options), queries.labels)}
+    bank = thin(dataset.train, MONITOR if dataset.test else UNLABELLED)
+    h, found = features(encoder, bank, **options), {}
+    if dataset.test:
+        queries = thin(dataset.test, MONITOR // 10)
+        found["knn"] = knn(h, bank.labels, features(encoder, queries, **options), queries.labels)
+    z1, z2 = views_embedded(encoder, augmented(crops, 0))
+    return {**found, "alignment": alignment(z1, z2), "uniformity": uniformity(z1),
+            "rank": effective_rank(h)}
+
+
+@torch.no_grad()
+def views_embedded(encoder, views):
+    """z (W n, D) of each of `views` (n, 3, H, W) of all processes, in eval mode."""
+    training = encoder.training
+    encoder.eval()
+    z = [ddp.all_gather(encoder.embed(x, "z").float()) for x in views]
+    encoder.train(training)
+    return z
+
+
+def alignment(z1, z2):
+    """Mean squared distance of the unit-length z1, z2 (n, D) of two views: 0 (equal) to 4.
+
+    Wang and Isola 2020, Sec. 4.1, alpha = 2. It is 2 for unrelated directions.
+    """
+    return (unit(z1) - unit(z2)).square().sum(1).mean().item()
+
+
+def uniformity(z):
+    """log of the mean of exp(-2 |zi - zj|^2) over pairs of unit-length z (n, D).
+
+    0 if all are equal; about -4 on a sphere of many dimensions, evenly filled (Wang and Isola 2020,
+    Sec. 4.1, t = 2).
+    """
+    return torch.pdist(unit(z)).square().mul(-2).exp().mean().log().item()
+
+
+def effective_rank(h):
+    """exp(entropy of the singular values of h (n, D)): 1 to D (Garrido et al. 2023, RankMe)."""
+    values = torch.linalg.eigvalsh(h.double().T @ h.double()).clamp(min=0).sqrt()
+    share = values / values.sum()
+    return torch.special.entr(share).sum().exp().item()
 
 
 def thin(images, most):
@@ -73,10 +118,11 @@ def thin(images, most):
     return images.take(slice(None, None, max(1, -(-len(images) // most))))
 
 
-def quick_probe(train, labels, test, test_labels, seed=0):
+def quick_probe(train, labels, test, test_labels, seed=0, copies=1):
     """Logistic regression on standardised features; its L2 penalty is chosen on held-out data.
 
-    `train` (n, D) and `test` (m, D) float32. Returns a dict: `top1` in percent on `test`,
+    `train` (n, D) and `test` (m, D) float32. If an image has several `copies` in `train`, they are
+    n / copies rows apart, and are held out together. Returns a dict: `top1` in percent on `test`,
     `penalty`, and `held_out`, the accuracy in percent on a tenth of `train` for each penalty.
     """
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
@@ -86,9 +132,10 @@ def quick_probe(train, labels, test, test_labels, seed=0):
     train, test, variance = train @ axes, test @ axes, variance.clamp(min=0)
     labels, test_labels = labels.to(train.device), test_labels.to(train.device)
     classes = n_classes(labels)
-    order = augment.generator("held out", seed).permutation(len(train))
-    order = torch.from_numpy(order).to(train.device)
-    held, fit = order[:len(train) // 10], order[len(train) // 10:]
+    n = len(train) // copies
+    order = torch.from_numpy(augment.generator("held out", seed).permutation(n)).to(train.device)
+    first = n * torch.arange(copies, device=train.device)[:, None]
+    held, fit = ((first + part).flatten() for part in (order[:n // 10], order[n // 10:]))
     x, y, held_out, weights = train[fit], labels[fit], {}, {None: None}
     penalty = None
     for next_penalty in (1., .1, .01, 1e-3, 1e-4):              # each starts from the last solution

@@ -241,4 +241,8 @@ class Encoder(nn.Module):
         `h` = f(x) (N, width). `hidden` is the activation after g's first ReLU, which Figure 2 (d)
         calls z. `z` = g(h) (N, D). Raises UserError as `check_feature` does.
         """
-        return self._layers(feature)(self.f(x))
+        return self.project(self.f(x), feature)
+
+    def project(self, h, feature):
+        """The feature that follows from h (N, width), as in `embed`."""
+        return self._layers(feature)(h)

@@ -22,9 +22,11 @@ from common import UserError, checkpoint, ddp
 UNFINISHED = 75                                 # exit code: saved, start again to continue
 LOG_EVERY = 50                                  # steps between log entries
 SHOW_EVERY = 10                                 # seconds between lines on the terminal
-PANELS = ("knn", "ratio", "lr")                 # of curves.png
+PANELS = ("knn", "ratio", "lr", "alignment", "uniformity", "rank")      # of curves.png
 TITLES = {"knn": "kNN top-1 of h, %", "ratio": "loss / loss of a guess", "lr": "learning rate",
-          "top1": "top-1 on the test images, %"}
+          "top1": "top-1 on the test images, %", "alignment": "alignment of z, two views",
+          "uniformity": "uniformity of z", "rank": "effective rank of h"}
+SIGNALS = ("alignment", "uniformity", "rank")   # what a run without labels ends with
 
 
 class Log:
@@ -246,7 +248,7 @@ class Run:
         """Evaluate if `due`, log it, print a line, draw the curves."""
         epoch = self.step // self.epoch
         values = self.evaluate() if due else {}
-        self.events.add("epoch", self.step, epoch=epoch, **values)
+        self.events.add("epoch", self.step, epoch=epoch, loss=self.loss, **values)
         shown = describe({"loss": self.loss, **values})
         ddp.say(f"epoch {epoch}/{self.total // self.epoch}  {shown}")
         if values:
@@ -257,9 +259,11 @@ class Run:
         if ddp.rank():
             return
         from matplotlib.figure import Figure                    # slow to import
-        figure = Figure(figsize=(12, 3.4), layout="constrained")
         entries = self.events.entries()
-        for axis, name in zip(figure.subplots(1, len(self.panels)), self.panels):
+        panels = [name for name in self.panels if any(name in entry for entry in entries)]
+        rows = -(-len(panels) // 3)
+        figure = Figure(figsize=(12, 3.4 * rows), layout="constrained")
+        for axis, name in zip(figure.subplots(rows, 3, squeeze=False).flat, panels):
             points = [(e["step"], e[name]) for e in entries if name in e]
             axis.plot(*np.reshape(points, (-1, 2)).T, "o-", markersize=2)
             if points and points[0][0] == 0:
@@ -270,7 +274,7 @@ class Run:
         figure.savefig(self.out / "curves.png", dpi=110)
 
     def close(self, result=None):
-        """Print how the run ended and the line `result`, by default the kNN accuracy.
+        """Print how the run ended and the line `result`, by default the kNN accuracy or SIGNALS.
 
         Returns the exit code: 0, or UNFINISHED after a stop request.
         """
@@ -278,9 +282,13 @@ class Run:
             event, knn = "finished", self.events.values("knn")
             if knn and not result:
                 result = f"kNN of h {knn[-1]:.2f} %, untrained {knn[0]:.2f} %"
+            if not result:
+                values = {TITLES[name]: self.events.values(name) for name in SIGNALS}
+                result = "; ".join(f"{title} {found[-1]:.4g}, untrained {found[0]:.4g}"
+                                   for title, found in values.items() if found)
             already = "" if self.start < self.total else " already, nothing to do"
             ddp.say(f"finished{already}: checkpoint and curves in {self.out}")
-            ddp.say(result or "no labels, no kNN accuracy")
+            ddp.say(result)
         else:
             event, how = "stopped", "a larger --max-steps, or none,"
             if ddp.any_process(self.stop_requested, self.device):

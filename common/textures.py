@@ -1,8 +1,9 @@
 """Embedded images: ten classes of drawn patterns, so that every script runs without a download.
 
-Colour cannot tell two images apart: all are drawn in two nearly fixed greys with a slight tint, of
-either polarity. Classes differ in their pattern. Images of a class differ in angle, period, phase
-and distortion. They are drawn from a seed, and are equal on all machines up to one grey level.
+Classes differ in their pattern. Images of a class differ in angle, period, phase, distortion,
+contrast and colour. Each image has two colours: a grey level and a chroma of random hue and
+strength, which tell nothing about the class. Images are drawn from a seed, and are equal on all
+machines up to one grey level.
 """
 
 import numpy as np
@@ -11,6 +12,12 @@ CLASSES = ("stripes", "checks", "dots", "rings", "grid", "zigzag", "smooth noise
            "rays", "bricks")
 SIZE = 32                                       # pixels
 TWO_PI = 2 * np.pi
+CONTRAST = .16, .32                             # half the difference of the two grey levels
+CHROMA = .15                                    # length of the strongest chroma, RGB in [0, 1]
+# Orthonormal directions of colour at constant luminance (weights of ITU-R 601).
+LUMINANCE = np.array([.299, .587, .114])
+RED_GREEN = np.array([.587, -.299, 0.]) / np.hypot(.587, .299)
+BLUE_YELLOW = np.cross(LUMINANCE, RED_GREEN) / np.linalg.norm(LUMINANCE)
 
 
 def draw(n, seed):
@@ -75,11 +82,14 @@ def _pattern(name, n, rng):
 
 
 def _paint(pattern, rng):
-    """Patterns (n, 32, 32) as images (n, 3, 32, 32) uint8: two greys, a slight tint, some noise."""
+    """Patterns (n, 32, 32) as images (n, 3, 32, 32) uint8: two colours and some noise."""
     n = len(pattern)
     value = np.tanh(2.5 * pattern * np.sign(_uniform(rng, n, -1, 1)))           # either polarity
-    tint = rng.uniform(-.03, .03, (2, n, 3, 1, 1)).astype(np.float32)
-    middle, swing = .5 + _uniform(rng, n, -.04, .04), _uniform(rng, n, .14, .2)
-    image = (middle + swing * value)[:, None] + np.where(value[:, None] > 0, tint[0], tint[1])
-    image += .02 * rng.standard_normal((n, 1, SIZE, SIZE), np.float32)
+    middle, swing = .5 + _uniform(rng, n, -.04, .04), _uniform(rng, n, *CONTRAST)
+    grey = middle + swing * value + .02 * rng.standard_normal(value.shape, np.float32)
+    angle, strength = rng.uniform(0, TWO_PI, (2, n, 1)), rng.uniform(0, CHROMA, (2, n, 1))
+    chroma = strength * (np.cos(angle) * RED_GREEN + np.sin(angle) * BLUE_YELLOW)   # (2, n, 3)
+    first, second = chroma.astype(np.float32)[..., None, None]
+    share = (1 + value[:, None]) / 2                            # of the first colour
+    image = grey[:, None] + share * first + (1 - share) * second
     return np.clip(np.round(image * 255), 0, 255).astype(np.uint8)

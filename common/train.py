@@ -2,13 +2,14 @@
 
 import argparse
 import errno
+import functools
 import math
 import sys
 from pathlib import Path
 
 import torch
 
-from common import UserError, data, ddp, model
+from common import UserError, data, ddp, evaluate, model
 
 DEVICES = ("cuda", "cpu", "mps")
 # Flags that do not change what is computed. All others are settings: they identify a run.
@@ -134,6 +135,16 @@ def feature_options(args, device):
     """What `args` say to `evaluate.features`, as a dict."""
     return dict(normalisation=args.normalisation, size=args.size, device=device,
                 workers=args.workers, precision=args.precision)
+
+
+def monitor(args, dataset, encoder, augmented, device, n=256):
+    """`evaluate.monitor` as a function without arguments, with n images for alignment."""
+    batch = max(1, min(n, len(dataset.train)) // ddp.world()) * ddp.world()
+    [(_, crops, _)] = data.views(dataset.train, 2, size=args.size, area=args.crop, batch=batch,
+                                 seed=args.seed, start=0, stop=1, device=device,
+                                 workers=args.workers)
+    return functools.partial(evaluate.monitor, encoder, dataset, crops, augmented,
+                             **feature_options(args, device))
 
 
 def views(args, images, n_views, run, device, drop_last=True):

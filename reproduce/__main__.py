@@ -3,7 +3,8 @@
     python -m reproduce table1                          # on the embedded textures
     python -m reproduce table3 CIFAR10 --seeds 0 1 --jobs 2
     python -m reproduce all --dry-run                   # the commands, at all three scales
-    python -m reproduce table1 CIFAR10 --as cifar10-short --flags "--arch resnet10 --epochs 20"
+    python -m reproduce table1 CIFAR10 --scale cifar10-laptop
+    python -m reproduce table1 CIFAR10 --as cifar10-short --flags "--arch resnet10 --epochs 6"
 
 Trains each missing run (under torchrun if there are several GPUs), probes it, and keeps it as one
 file, results/PLACE/runs/NAME.json. Then writes results/README.md from these files. If it is stopped
@@ -34,6 +35,8 @@ def parse(argv):
     add = parser.add_argument
     add("item", choices=(*plan.ROWS, "claims", "all"))
     add("data", nargs="?", metavar="DATA", help="folder of images (default: embedded textures)")
+    add("--scale", choices=plan.NAMED, help="settings of this package for DATA")
+    add("--rows", nargs="+", metavar="ROW", help="only these rows of the item")
     add("--seeds", type=train.NATURAL, nargs="+", default=[0], metavar="n")
     add("--jobs", type=train.COUNT, default=1, metavar="n",
         help="runs at a time, which share the cores")
@@ -45,7 +48,7 @@ def parse(argv):
     add("--dry-run", action="store_true",
         help="print the commands; without DATA, those of all three scales")
     args = parser.parse_args(argv)
-    if args.flags and args.place in (None, *plan.PLACEHOLDER):
+    if args.flags and args.place in (None, *plan.PLACEHOLDER, *plan.NAMED):
         parser.error("--flags: these runs differ from the scale's own; name another folder for "
                      "them with --as")
     return args
@@ -62,7 +65,8 @@ def dry_run(place, runs, pictures):
 def check(place, description):
     """Raises UserError if the place holds runs on other data, or with other flags."""
     for run in report.kept_runs(place):
-        if (run["data"], run["flags"]) != (description, place.flags):
+        script = run["commands"][0].split(".py")[0].split()[-1]
+        if (run["data"], run["flags"]) != (description, place.flags(script)):
             raise UserError(f"results/{place.name} holds runs with other data or flags "
                             f"({run['data']}; {run['flags']}); choose another --as")
 
@@ -88,25 +92,36 @@ def call(commands, log):
 def keep(name, script, flags, place, description):
     """Write what a finished run has found, and on which machine, to its file in results/."""
     out = place.output(name).parent
-    found = {feature: json.loads((out / path).read_text())
-             for feature, path in plan.probes(script, flags, place.scale).items()}
-    events = Log(out / "log.jsonl").entries()
+    found, knn = {}, None
+    for feature, paths in plan.probes(script, flags, place.scale).items():
+        found[feature] = {}
+        for path in paths:                                      # the last counts for the class
+            result = json.loads((out / path).read_text())
+            for question, answer in result.get("predictions", {}).items():
+                found[feature][question] = answer["top1"]
+            if "top1" in result:
+                found[feature]["class"] = result["top1"]
+            if feature == "h":
+                knn = result.get("knn", knn)
+    events = Log(out / "log.jsonl").entries() if (out / "log.jsonl").exists() else []
     seconds = sum(after["time"] - before["time"] for before, after in zip(events, events[1:])
                   if after["event"] != "start")                 # else it was stopped in between
-    start = events[0]
-    del start["settings"]["data"]                               # a path of this machine
-    shown = dataclasses.replace(place, data=plan.PLACEHOLDER[place.scale])
+    start = events[0] if events else {**result, "settings": {"scale": plan.kind(place.scale)}}
+    start["settings"].pop("data", None)                         # a path of this machine
+    shown = dataclasses.replace(place, data=plan.PLACEHOLDER[plan.kind(place.scale)])
     commands = [shlex.join(words) for words in plan.commands(name, script, flags, shown)]
-    run = {"name": name, "data": description, "flags": place.flags, "commands": commands,
-           "top1": found["h"]["top1"], "knn": found["h"].get("knn"),
-           "features": {feature: result["top1"] for feature, result in found.items()},
+    run = {"name": name, "scale": place.scale, "data": description, "flags": place.flags(script),
+           "commands": commands, "top1": found["h"]["class"], "knn": knn, "features": found,
            "minutes": round(seconds / 60, 2)}
     for field in ("settings", "device", "processes", "threads", "torch", "python", "commit"):
         run[field] = start[field]
+    run["epochs"] = [{field: value for field, value in event.items()
+                      if isinstance(value, (int, float)) and field not in ("step", "time")}
+                     for event in events if event["event"] == "epoch"]
     kept = place.folder / f"runs/{name}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     temporary = kept.with_suffix(".tmp")
-    temporary.write_text(json.dumps(run, indent=1) + "\n")
+    temporary.write_text(report.dumps(run) + "\n")
     temporary.replace(kept)
 
 
@@ -141,13 +156,23 @@ def execute_all(runs, place, description, jobs):
 def main(argv=None):
     args = parse(argv)
     items = {"all": list(plan.ROWS), "claims": plan.TABLES}.get(args.item, [args.item])
+    known = [row for item in items for row in plan.ROWS[item]]
+    for row in args.rows or []:
+        if row not in known:
+            raise UserError(f"--rows {row}: expected rows of {args.item}: {', '.join(known)}")
     paths = plan.PLACEHOLDER
     if args.data or not args.dry_run:
         dataset = data.open_labelled(args.data)
         paths = {dataset.scale: [dataset.path] if dataset.path else []}
+    if args.scale:
+        kind = plan.kind(args.scale)
+        if kind not in paths:
+            raise UserError(f"--scale {args.scale}: for images of scale {kind}; expected a folder "
+                            "of them as DATA")
+        paths = {args.scale: paths[kind]}
     for scale, path in paths.items():
         place = plan.Place(args.place or scale, scale, path, args.flags)
-        runs = plan.runs(items, place, args.seeds)
+        runs = plan.runs(items, place, args.seeds, args.rows)
         pictures = plan.pictures(items, place, args.seeds[0])
         if args.dry_run:
             dry_run(place, runs, pictures)

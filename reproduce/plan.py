@@ -15,10 +15,20 @@ from common import train
 ROOT = Path(__file__).parent.parent
 # The argument DATA in printed commands; the textures need none.
 PLACEHOLDER = {"imagenet": ["IMAGENET"], "cifar10": ["CIFAR10"], "textures": []}
-TABLE3_K = {"imagenet": (512, 65536), "cifar10": (64, 4096), "textures": (16, 1024)}
+# Scales of this package: the kind of data, and the flags of each script.
+LAPTOP = "--arch resnet10 --epochs 20 --batch-size 64"
+NAMED = {"cifar10-laptop": ("cifar10", {
+    "moco_v2": f"{LAPTOP} --lr .02 --warmup 300",
+    "instdisc": f"{LAPTOP} --lr .02 --warmup 300",
+    "simclr": LAPTOP,
+    "linear_probe": LAPTOP})}
+TABLE3_K = {"imagenet": (512, 65536), "cifar10": (64, 4096), "textures": (16, 1024),
+            "cifar10-laptop": (64, 4096)}
 LADDER = {"imagenet": (256, 512, 1024, 4096, 16384, 65536),     # K of Figure 4
           "cifar10": (16, 64, 256, 1024, 4096, 16384),
-          "textures": (16, 128, 1024)}
+          "textures": (16, 128, 1024),
+          "cifar10-laptop": (64, 512, 4096)}
+PREDICTIONS = ("class", "grey", "hue", "noise", "rotation", "sobel")    # of linear_probe.py
 CHUNK = 2048                    # SimCLR: 256 images of 224 pixels on each of 8 GPUs
 
 TITLES = {
@@ -26,7 +36,8 @@ TITLES = {
     "table2a": "Table 2 (a): crop area",
     "table2b": "Table 2 (b): strength of the colour jitter",
     "table3": "Table 3: number of negatives",
-    "section3": "Section 3: probes of h, hidden and z",
+    "supervised": "Sections 1 and 3: an MLP head in supervised training",
+    "section3": "Section 3: what the features know",
     "section5": "Section 5: sampling of negatives",
     "section7": "Section 7: no momentum encoder",
     "figure4": "Figure 4: accuracy over the number of negatives",
@@ -62,10 +73,19 @@ ROWS = {
         "(c) no cosine": ("moco_v2 --preset table3c", 67.2, 67.3),
         "(d) m = .5": ("moco_v2 --preset table3d", 59.8, 64.5),
     },
-    "section3": {                                               # one run, three probes
-        "h": ("moco_v2 --preset table1", 64.4),
-        "hidden": ("moco_v2 --preset table1",),
-        "z": ("moco_v2 --preset table1",),
+    "supervised": {
+        "one layer": ("linear_probe --train all",),
+        "MLP head": ("linear_probe --train all --preset supervised-mlp",),
+    },
+    "section3": {                                               # row: network, feature
+        "MoCo v2, h": ("moco_v2 --preset table1", 64.4),
+        "MoCo v2, hidden": ("moco_v2 --preset table1",),
+        "MoCo v2, z": ("moco_v2 --preset table1",),
+        "(a) without head, h": ("moco_v2 --preset table1a", 59.2),
+        "(b) fixed head, h": ("moco_v2 --preset table1b", 62.9),
+        "(c) more hidden layers, h": ("moco_v2 --preset table1c", 63.9),
+        "(d) narrow head, h": ("moco_v2 --preset table1d", 62.2),
+        "untrained, h": ("linear_probe --encoder random --quick",),
     },
     "section5": {
         "MoCo v2": ("moco_v2 --preset table3", 67.3, 67.5),
@@ -93,22 +113,27 @@ PICTURES = {"figure2": "dip_inversion.py", "figure3": "tsne_aug.py",
             "figure5": "-m reproduce.figure5"}
 TABLES = [item for item in ROWS if item not in PICTURES]
 
-# The run `name` is made by `script` with `flags`; its `feature` is probed. `paper` is a number, a
-# text or None.
-Cell = collections.namedtuple("Cell", "name script flags paper feature")
+# The run `name` is made by `script` with `flags`; `question` is predicted from its `feature`.
+# `paper` is a number, a text or None.
+Cell = collections.namedtuple("Cell", "name script flags paper feature question")
 
 
 @dataclasses.dataclass
 class Place:
-    """A folder results/NAME of runs on the images DATA, all with the same added `flags`.
+    """A folder results/NAME of runs on the images DATA, with added `flags` for each script.
 
     `data` is the argument DATA, as a list. The result of a run is kept as runs/RUN.json.
     """
 
     name: str
-    scale: str
+    scale: str                                  # of the scripts, or one of NAMED
     data: list = ()
-    flags: list = ()
+    added: list = ()                            # flags for all scripts
+
+    def flags(self, script):
+        """The flags that are added to a command."""
+        named = NAMED[self.scale][1][script].split() if self.scale in NAMED else []
+        return [*named, *self.added]
 
     @property
     def folder(self):
@@ -123,8 +148,17 @@ class Place:
         return ROOT / self.out(name) / "output.txt"
 
 
+def kind(scale):
+    """The scale of the scripts that a scale is made of."""
+    return NAMED[scale][0] if scale in NAMED else scale
+
+
 def columns(item, scale):
     """The names of an item's columns."""
+    if item == "section3":
+        return list(PREDICTIONS)
+    if item == "supervised":
+        return ["supervised"]
     if item in ("table3", "section5", "section7", "figure4"):
         return [f"K = {K}" for K in (LADDER if item == "figure4" else TABLE3_K)[scale]]
     return ["MoCo v2", "supervised"] if item.startswith("table2") else ["MoCo v2"]
@@ -147,7 +181,7 @@ def settings(script, flags, scale):
     """What a command resolves to, as text: equal for equal settings, whatever their preset."""
     module = importlib.import_module(script)
     scales = getattr(module, "SUPERVISED", module.SCALES)
-    args = vars(train.settings(module.flags(), flags, scale, scales, module.PRESETS))
+    args = vars(train.settings(module.flags(), flags, kind(scale), scales, module.PRESETS))
     for name in (*train.RUN_FLAGS, "preset"):
         del args[name]
     return json.dumps(args, sort_keys=True)
@@ -164,59 +198,81 @@ def cells(scale):
         for row, (command, *numbers) in rows.items():
             for column, paper in itertools.zip_longest(columns(item, scale), numbers):
                 script, *flags = command.split()
-                if column == "supervised":
+                if column == "supervised" and script != "linear_probe":
                     script, flags = "linear_probe", ["--train", "all", *flags]
                 if column.startswith("K = "):
                     flags += size(script, int(column[4:]))
-                words = [flag.lstrip("-") for flag in flags if flag not in ("--preset", "--train")]
+                words = [flag.lstrip("-") for flag in flags
+                         if flag not in ("--preset", "--train", "--encoder", "--quick")]
                 run = "-".join([script, *words]), script, flags
                 run = known.setdefault(settings(script, flags, scale), run)
-                feature = row if item == "section3" else "h"
-                found[item, row, column] = Cell(*run, paper, feature)
+                feature, question = "h", "class"
+                if item == "section3":
+                    feature, question = row.split(", ")[-1], column
+                found[item, row, column] = Cell(*run, paper, feature, question)
     return found
 
 
-def runs(items, place, seeds):
-    """{name: (script, flags)}: the runs that `items` need, each setting once.
+def runs(items, place, seeds, rows=None):
+    """{name: (script, flags)}: the runs that `items`, or some rows of them, need, each once.
 
     The place's flags come after the preset. Where a cell has the same flag, its own counts. Exits
     with one line if a script does not take the place's flags.
     """
     found = {}
-    for (item, *_), (name, script, flags, *_) in cells(place.scale).items():
-        for seed in seeds if item in items else ():
-            run = script, [*flags[:2], *place.flags, *flags[2:], "--seed", str(seed)]
+    for (item, row, _), (name, script, flags, *_) in cells(place.scale).items():
+        for seed in seeds if item in items and row in (rows or [row]) else ():
+            run = script, [*flags[:2], *place.flags(script), *flags[2:], "--seed", str(seed)]
             settings(*run, place.scale)                         # parses the flags
             found[f"{name}-seed{seed}"] = run
     return found
 
 
-def probes(script, flags, scale):
-    """{feature: result file in the run's folder}. Supervised runs have one without a probe.
+def features(script, flags):
+    """The features of a run that are probed: all three of the first row of Table 1."""
+    return ["h", "hidden", "z"] if "table1" in flags or "--quick" in flags else ["h"]
 
-    Section 3 needs three features of the first row of Table 1.
+
+def questions(flags, scale):
+    """What the quick probe predicts: Section 3's questions for the rows of Table 1.
+
+    On ImageNet, the paper's linear probe predicts the class instead.
     """
-    if script == "linear_probe":
-        return {"h": "result.json"}
-    features = ["h", "hidden", "z"] if "table1" in flags else ["h"]
-    if scale != "imagenet":
-        return {feature: f"probe/quick-{feature}.json" for feature in features}
-    return {feature: f"probe{'' if feature == 'h' else f'-{feature}'}/result.json"
-            for feature in features}
+    asked = ["class"] if scale != "imagenet" or "--quick" in flags else []
+    if "--quick" in flags or any(flag.startswith("table1") for flag in flags):
+        asked += PREDICTIONS[1:]
+    return asked
+
+
+def probes(script, flags, scale):
+    """{feature: [result files in the run's folder]}. Supervised runs have their own result."""
+    if "--train" in flags:
+        return {"h": ["result.json"]}
+    found = {}
+    for feature in features(script, flags):
+        quick = f"quick-{feature}.json" if "--quick" in flags else f"probe/quick-{feature}.json"
+        found[feature] = [quick] if questions(flags, scale) else []
+        if scale == "imagenet" and "--quick" not in flags:
+            found[feature].append(f"probe{'' if feature == 'h' else f'-{feature}'}/result.json")
+    return found
 
 
 def commands(name, script, flags, place):
-    """The training command, then the probes': lists of words.
-
-    The paper's linear probe on ImageNet, the quick probe elsewhere.
-    """
+    """The training command, then the probes': lists of words."""
     gpus = torch.cuda.device_count()
     python = ["torchrun", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else ["python"]
-    found = [[*python, f"{script}.py", *place.data, *flags, "--out", place.out(name)]]
-    quick = [] if place.scale == "imagenet" else ["--quick"]
-    for feature in probes(script, flags, place.scale) if script != "linear_probe" else ():
-        found.append([*python, "linear_probe.py", *place.data, *quick, "--encoder",
-                      f"{place.out(name)}/checkpoint.pt", "--feature", feature])
+    command = [*python, f"{script}.py", *place.data, *flags, "--out", place.out(name)]
+    if "--train" in flags:
+        return [command]
+    probed, asked = features(script, flags), questions(flags, place.scale)
+    quick = ["--feature", *probed, "--predict", *asked]
+    if "--quick" in flags:
+        return [[*command, *quick]]
+    probe = [*python, "linear_probe.py", *place.data, "--encoder",
+             f"{place.out(name)}/checkpoint.pt"]
+    found = [command, [*probe, "--quick", *quick]] if asked else [command]
+    if place.scale == "imagenet":
+        found += [[*probe, "--feature", feature] for feature in probed]
     return found
 
 

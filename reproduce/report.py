@@ -29,21 +29,29 @@ and its flags. ITEM is one of """ + ", ".join(plan.ROWS) + """, or all.
 """
 
 
+def dumps(run):
+    """A run as JSON, with one line for each epoch."""
+    lines = ",\n  ".join(json.dumps(epoch) for epoch in run["epochs"])
+    return json.dumps({**run, "epochs": "EPOCHS"}, indent=1).replace('"EPOCHS"', f"[\n  {lines}]")
+
+
 def kept_runs(place):
     """All runs of a place, as dicts."""
     return [json.loads(path.read_text()) for path in sorted(place.folder.glob("runs/*.json"))]
 
 
 def results(place):
-    """{(item, row, column): [top-1 of the runs that there are]}.
+    """{(item, row, column): [accuracy of each run that there is, in percent, in order of seeds]}.
 
     None instead of a list for a row that changes nothing at this scale: it equals the first row.
     """
     kept, found, cells = kept_runs(place), {}, plan.cells(place.scale)
     for (item, row, column), cell in cells.items():
         first = cells[item, next(iter(plan.ROWS[item])), column]
-        found[item, row, column] = [run["features"][cell.feature] for run in kept
-                                    if run["name"].startswith(f"{cell.name}-seed")]
+        found[item, row, column] = [
+            run["features"][cell.feature][cell.question] for run in kept
+            if run["name"].startswith(f"{cell.name}-seed")
+            and cell.question in run["features"].get(cell.feature, {})]
         if cell is not first and (cell.name, cell.feature) == (first.name, first.feature):
             found[item, row, column] = None
     return found
@@ -61,7 +69,15 @@ def show(values, baseline):
 
 
 def table(item, place, found):
-    """Lines of markdown: our results of an item beside the paper's."""
+    """Lines of markdown: our results of an item beside the paper's.
+
+    Section 3 has no differences to the first row, and the paper's number for its class only.
+    """
+    if item == "section3":
+        lines = [["", *plan.PREDICTIONS], ["---"] * (1 + len(plan.PREDICTIONS))]
+        lines += [[row, *(show(found[item, row, column], None) for column in plan.PREDICTIONS)]
+                  for row in plan.ROWS[item]]
+        return [f"| {' | '.join(line)} |" for line in lines]
     cells, rows = plan.cells(place.scale), plan.ROWS[item]
     shown = [["", "---", *rows]]                                # column by column
     for column, theirs in zip(plan.columns(item, place.scale), plan.columns(item, "imagenet")):
@@ -95,12 +111,30 @@ def figure4(place, found):
     figure.savefig(place.folder / "figure4.png", dpi=110)
 
 
+def section3(place, found):
+    """Accuracy of each prediction, grouped bars with one standard deviation."""
+    from matplotlib.figure import Figure                        # slow to import
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    axis = figure.subplots()
+    rows = [row for row in plan.ROWS["section3"] if found["section3", row, "class"]]
+    for i, row in enumerate(rows):
+        values = [found["section3", row, column] for column in plan.PREDICTIONS]
+        x = [column + .8 * (i + .5) / len(rows) - .4 for column in range(len(values))]
+        colour = "lightgray" if row.startswith("untrained") else None
+        axis.bar(x, [mean(v) for v in values], .75 / len(rows), color=colour, label=row, capsize=2,
+                 yerr=[stdev(v) if len(v) > 1 else 0 for v in values], error_kw={"linewidth": 1})
+    axis.set_xticks(range(len(plan.PREDICTIONS)), plan.PREDICTIONS)
+    axis.set(ylabel="accuracy, %", title=f"{plan.TITLES['section3']}, {place.name}")
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(place.folder / "section3.png", dpi=90)
+
+
 def places():
     """The scales' own places, and all others that hold runs."""
-    found = {scale: plan.Place(scale, scale) for scale in plan.PLACEHOLDER}
+    found = {scale: plan.Place(scale, scale) for scale in (*plan.PLACEHOLDER, *plan.NAMED)}
     for path in sorted(plan.ROOT.glob("results/*/runs/*.json")):
         name, run = path.parts[-3], json.loads(path.read_text())
-        found[name] = plan.Place(name, run["settings"]["scale"])
+        found[name] = plan.Place(name, run.get("scale", run["settings"]["scale"]))
     return found.values()
 
 
@@ -108,7 +142,7 @@ def machines(runs):
     """A line on what the runs were made with."""
     hours = sum(run["minutes"] for run in runs) / 60
     parts = [f"{len(runs)} runs, {hours:.1f} hours of training",
-             f"flags: {shlex.join(runs[0]['flags']) or 'none'}"]
+             f"flags: {shlex.join(max((run['flags'] for run in runs), key=len)) or 'none'}"]
     for name in ("data", "device", "torch", "commit"):
         parts.append(f"{name}: {', '.join(sorted({run[name] for run in runs}))}")
     return "; ".join(parts) + "."
@@ -148,8 +182,9 @@ def page():
 def write(items, place):
     """Print the tables of `items`; write results/README.md and Figure 4."""
     found = results(place)
-    if "figure4" in items and was_run("figure4", found):
-        figure4(place, found)
+    for item, draw in (("figure4", figure4), ("section3", section3)):
+        if item in items and was_run(item, found):
+            draw(place, found)
     for item in items:
         if item in plan.TABLES:
             print(plan.TITLES[item], *table(item, place, found), sep="\n")

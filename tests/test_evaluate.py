@@ -86,14 +86,62 @@ def test_evaluating_changes_neither_the_encoder_nor_the_random_state():
     encoder, dataset = untrained(), few_textures()
     encoder.train()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first = evaluate.monitor(encoder, dataset, **OPTIONS)
-    assert evaluate.monitor(encoder, dataset, **OPTIONS) == first and 0 <= first["knn"] <= 100
+    numpy_state = np.random.get_state()[1].copy()
+    crops = torch.randint(256, (2, 9, 3, 32, 32), dtype=torch.uint8)
+    signals = augment.Augment("moco_v2", blur=False, normalisation="textures")
+    state = torch.get_rng_state()
+    first = evaluate.monitor(encoder, dataset, crops, signals, **OPTIONS)
+    assert evaluate.monitor(encoder, dataset, crops, signals, **OPTIONS) == first
+    assert 0 <= first["knn"] <= 100
     assert encoder.training and torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
     assert all(torch.equal(v, before[name]) for name, v in encoder.state_dict().items())
     without_labels = data.Data(None, "", "textures", dataset.train)
-    assert evaluate.monitor(encoder, without_labels, **OPTIONS) == {}
+    found = evaluate.monitor(encoder, without_labels, crops, signals, **OPTIONS)
+    assert found == {name: value for name, value in first.items() if name != "knn"}
+    assert list(found) == ["alignment", "uniformity", "rank"]
+
+
+def test_alignment_and_uniformity_are_the_literal_means():
+    """In float64 loops (Wang and Isola 2020), and in closed form."""
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(2, 7, 5, dtype=torch.float64)
+    a, b = ([row / math.sqrt(sum(v * v for v in row)) for row in z] for z in (z1, z2))
+    apart = [sum((u - v) ** 2 for u, v in zip(x, y)).item() for x, y in zip(a, b)]
+    assert evaluate.alignment(z1, z2) == pytest.approx(sum(apart) / 7, rel=1e-12)
+    pairs = [math.exp(-2 * sum((u - v) ** 2 for u, v in zip(a[i], a[j])).item())
+             for i in range(7) for j in range(i)]
+    assert evaluate.uniformity(z1) == pytest.approx(math.log(sum(pairs) / 21), rel=1e-12)
+    equal, axes = torch.ones(6, 8) * 3, torch.eye(8)
+    assert evaluate.alignment(equal, 2 * equal) == 0 and evaluate.uniformity(equal) == 0
+    assert evaluate.alignment(axes, axes.roll(1, 0)) == pytest.approx(2)
+    assert evaluate.uniformity(axes) == pytest.approx(-4)
+
+
+def test_effective_rank_is_the_entropy_of_the_singular_values():
+    torch.manual_seed(0)
+    scales = torch.tensor([9., 3., 1., 1., .1, 0.], dtype=torch.float64)
+    h = torch.randn(30, 6, dtype=torch.float64) * scales
+    values = torch.linalg.svdvals(h).tolist()
+    shares = [value / sum(values) for value in values]
+    expected = math.exp(-sum(share * math.log(share) for share in shares if share > 1e-12))
+    assert evaluate.effective_rank(h) == pytest.approx(expected, rel=1e-6)
+    assert evaluate.effective_rank(torch.ones(9, 4)) == pytest.approx(1, abs=1e-4)
+    assert evaluate.effective_rank(torch.eye(8)[:5]) == pytest.approx(5)
+
+
+def test_copies_of_an_image_are_held_out_together():
+    """Labels are random for each image, and features name the image: nothing can be predicted.
+
+    Were a copy of a held-out image among the others, its label would be known.
+    """
+    rng, n, copies = np.random.default_rng(0), 200, 4
+    x = torch.from_numpy(rng.normal(size=(n, 300))).float().repeat(copies, 1)
+    y = torch.from_numpy(rng.integers(2, size=n)).repeat(copies)
+    error = 300 / 2 / math.sqrt(n / 10)                         # three standard errors, in percent
+    together = evaluate.quick_probe(x, y, x[:50], y[:50], copies=copies)["held_out"]
+    assert all(abs(value - 50) < error for value in together.values())
+    assert max(evaluate.quick_probe(x, y, x[:50], y[:50])["held_out"].values()) > 95
 
 
 def test_features_are_those_of_the_images_in_their_order():

@@ -1,6 +1,8 @@
 """The protocol of Sec. 2, supervised training, and weights from elsewhere."""
 
+import colorsys
 import json
+import math
 import os
 import shutil
 from types import SimpleNamespace
@@ -8,13 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import refused, run, spawn, write_folder
 from PIL import Image
 
 import linear_probe
 import moco_v2
-from common import UserError, augment, data, ddp, train
+from common import UserError, augment, data, ddp, evaluate, train
 from common.checkpoint import load_encoder
 from common.model import Encoder, head, resnet
 from common.run import Log
@@ -226,6 +229,115 @@ def test_supervised_rows_train_everything_and_their_encoder_is_read_back(made, i
     assert "supervised/checkpoint.pt" in probed
 
 
+def test_a_supervised_network_with_an_mlp_head(made, inside):
+    """Its classifier is fc-ReLU-fc, all of it trained; the hidden layer can be probed."""
+    out = inside(linear_probe, "images", "--arch", "resnet10", "--batch-size", "8", "--bn-group",
+                 "4", "--epochs", "1", "--train", "all", "--preset", "supervised-mlp", "--out",
+                 "with-mlp", cwd=made)
+    assert "head=mlp" in out
+    g = torch.load(made / "with-mlp/checkpoint.pt", weights_only=True)["g"]
+    assert [g[name].shape for name in ("0.weight", "2.weight")] == [(512, 512), (2, 512)]
+    torch.manual_seed(0)
+    untrained = Encoder(resnet("resnet10", 4), head("mlp", 512, 2)).g.state_dict()
+    assert not any(torch.equal(g[name], untrained[name]) for name in g)
+    inside(linear_probe, "--quick", "--encoder", "with-mlp/checkpoint.pt", "--feature", "hidden",
+           cwd=made)
+
+
+# Predictions (Sec. 3)
+
+IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 9, 9))).byte()
+
+
+def test_variants_are_turned_grey_and_filtered_literally():
+    for turns, change in enumerate(linear_probe.VARIANTS["rotation"][1:], 1):
+        expected = np.rot90(IMAGES.numpy(), turns, (2, 3))
+        assert np.array_equal(change(IMAGES, 0).numpy(), expected)
+    _, grey = linear_probe.VARIANTS["grey"]
+    expected = np.tensordot(augment.GRAY, IMAGES.double().numpy(), (0, 1))
+    assert abs(grey(IMAGES, 0).numpy() - expected[:, None]).max() <= .51
+    _, sobel = linear_probe.VARIANTS["sobel"]
+    found, padded = sobel(IMAGES, 0), np.pad(IMAGES.double().numpy(), [(0, 0)] * 2 + [(1, 1)] * 2,
+                                             mode="edge")
+    kernel = np.array([[1, 0, -1], [2, 0, -2], [1, 0, -1]]) / 4
+    for image, channel, y, x in np.ndindex(found.shape):
+        window = padded[image, channel, y:y + 3, x:x + 3]
+        length = np.hypot((window * kernel).sum(), (window * kernel.T).sum())
+        assert abs(found[image, channel, y, x].item() - min(255, length)) <= .51
+    step = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    step[..., 4:] = 255
+    assert sobel(step, 0)[0, 0, 0].tolist() == [0, 0, 0, 255, 255, 0, 0, 0]
+
+
+def test_noise_has_its_strength_and_belongs_to_the_number_of_the_image():
+    _, noise = linear_probe.VARIANTS["noise"]
+    middle = torch.full((40, 3, 32, 32), 128, dtype=torch.uint8)
+    difference = noise(middle, 0).double() - 128
+    assert abs(difference.std() / 255 - .1) < .001 and abs(difference.mean()) < .3
+    assert torch.equal(noise(middle[:5], 30), noise(middle, 0)[30:35])
+    assert not torch.equal(noise(middle, 0)[0], noise(middle, 0)[1])
+
+
+def test_hues_are_those_of_the_mean_colour():
+    colours = np.random.default_rng(1).integers(0, 256, (200, 3))
+    pixels = torch.from_numpy(colours).byte()[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
+    found = linear_probe.hues(data.Images(pixels=pixels), size=4, device=CPU, workers=0)
+    expected = [int(colorsys.rgb_to_hsv(*colour)[0] * 6) for colour in colours / 255]
+    assert found.tolist() == expected and len(set(expected)) == 6
+
+
+class Means(torch.nn.Module):
+    """In the place of an encoder: h is the mean of each channel, and of each quarter."""
+
+    width = 7
+
+    def forward(self, x):
+        return torch.cat([x.mean((2, 3)), F.adaptive_avg_pool2d(x.mean(1), 2).flatten(1)], 1)
+
+
+def predicted(what, n=400):
+    """The quick probe of Means, on images with a bright corner and red more than green."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(90, 110, (2 * n, 3, 8, 8))
+    pixels[:, 0] += rng.integers(20, 40, (2 * n, 1, 1))
+    pixels[:, :, :4, :4] += 60
+    images = data.Images(pixels=torch.from_numpy(pixels).byte())
+    encoder = Encoder(Means(), torch.nn.Identity())
+    options = dict(normalisation="unit", size=8, device=CPU, workers=0)
+    train, test = (linear_probe.examples(what, "h", encoder, images.take(rows), {}, options)
+                   for rows in (slice(n), slice(n, None)))
+    return evaluate.quick_probe(*train, *test, copies=len(linear_probe.VARIANTS[what]))["top1"]
+
+
+def test_what_features_hold_linearly_is_predicted_and_nothing_else():
+    """Rotation moves the corner, grey removes the red; noise leaves all means as they are."""
+    assert predicted("rotation") == predicted("grey") == 100
+    assert abs(predicted("noise") - 50) < 300 / 2 / math.sqrt(800)
+
+
+def test_predictions_work_without_labels_and_make_a_table(made, inside, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i, path in enumerate((made / "images").rglob("*.jpg")):
+        shutil.copy(path, tmp_path / f"photos/{i}.jpg")
+    out = inside(linear_probe, tmp_path / "photos", "--quick", "--encoder", "random",
+                 "moco/checkpoint.pt", "--feature", "h", "hidden", "--predict", "rotation", "hue",
+                 cwd=made).splitlines()
+    assert out[-7].split() == ["rotation", "hue", "encoder"]
+    assert [line.split()[2:] for line in out[-6:-2]] == [
+        [f"{name},", feature] for name in ("random", "moco/checkpoint.pt")
+        for feature in ("h", "hidden")]
+    assert out[-2].split()[0] == "25.00" and out[-1] == f"top-1 {out[-3].split()[0]} %"
+    found = json.loads((made / "moco/probe/quick-hidden.json").read_text())
+    assert found["predictions"].keys() == {"rotation", "hue"} and "top1" not in found
+    assert f"{found['predictions']['rotation']['top1']:.2f}" == out[-3].split()[0]
+
+
+def test_the_sides_of_a_prediction_share_no_image():
+    images = data.Images(files=np.arange(103))
+    train, test = linear_probe.split(data.Data(None, "", "cifar10", images), 0)
+    assert len(test) == 20 and sorted([*train.files, *test.files]) == list(range(103))
+
+
 def test_an_encoder_that_was_trained_since_is_another_probe(made, inside, monkeypatch):
     """A probe that is continued must be that of the same encoder."""
     monkeypatch.chdir(made)
@@ -333,6 +445,9 @@ def test_bad_input_gets_one_line(made, tmp_path, inside, monkeypatch):
     torch.save({"g": {}, "settings": {}, "step": 1}, "probe.pt")
     inside(moco_v2, images, "--arch", "resnet10", "--batch-size", "8", "--bn-group", "4",
            "--K", "8", "--max-steps", "1", "--head", "none", "--out", "none", cwd=tmp_path)
+    tiny = torch.load("none/checkpoint.pt", weights_only=True)
+    tiny["settings"]["size"] = 2
+    torch.save(tiny, "tiny.pt")
     for argv, line in [
             (["no_val", *encoder], "no_val: labels are needed; expected train/<class>/ and val/"),
             (["flat", *encoder], "flat/val: "),
@@ -347,5 +462,14 @@ def test_bad_input_gets_one_line(made, tmp_path, inside, monkeypatch):
             ([images, "--preset", "table2a-medium"],
              "--preset table2a-medium: a supervised row; it needs --train all"),
             ([images, "--train", "all", *encoder], "--train all starts anew: it excludes"),
+            (["photos", *encoder, "--quick", "--predict", "grey", "class"],
+             "photos: labels are needed"),
+            ([*encoder, "--predict", "grey"], "--predict: needs --quick"),
+            ([*encoder, "--feature", "h", "z"], "--feature: expected one, or several with --quick"),
+            ([*encoder, "--head", "mlp"], "--head mlp: the head of supervised training; it needs"),
+            (["--encoder", "none/checkpoint.pt", "--quick", "--feature", "h", "hidden"],
+             "--feature hidden: the head of this encoder has no hidden layer"),
+            (["--encoder", "tiny.pt", "--quick", "--predict", "sobel"],
+             "tiny.pt: --predict sobel needs images of 3 pixels or more"),
             ([*encoder, "--encoder", "a", "b"], "--encoder: expected one")]:
         assert line in refused(linear_probe, *argv)

@@ -56,6 +56,14 @@ def test_every_command_is_printed_and_parses(capsys, monkeypatch, gpus):
         trained += [args.out] if args.out else []
     counts = [int(line.split()[3]) for line in lines if line.startswith("#")]
     assert len(trained) == len(set(trained)) == sum(counts) > 200 and drawn == 9
+    call("all", "--scale", "cifar10-laptop", "--dry-run", "--seeds", "2")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("# scale cifar10-laptop: ") and len(lines) > 80
+    for line in lines[1:]:
+        name, argv = re.search(r"(\w+\.py|reproduce\.figure5) (.*)", line).groups()
+        args = SCRIPTS[name].flags().parse_args(shlex.split(argv))
+        if "--preset" in line or "--train" in line:
+            assert (args.arch, args.epochs, args.seed) == ("resnet10", 20, 2)
 
 
 def test_cells_are_the_papers_and_one_setting_is_one_run():
@@ -130,7 +138,7 @@ def test_the_rule_for_claims():
 def test_probes_of_the_same_runs_are_compared_in_pairs():
     """The same differences in every pair, however far the pairs lie apart."""
     found = {key: [] for key in plan.cells("textures")}
-    keys = [("section3", feature, "MoCo v2") for feature in ("h", "z")]
+    keys = [("section3", f"MoCo v2, {feature}", "class") for feature in ("h", "z")]
     found |= zip(keys, ([60., 80.], [58., 78.1]))
     value, half, verdict = claims.judge_cells("positive", keys, found, plan.cells("textures"))
     assert value == pytest.approx(1.95) and half < 1 and verdict == "shown"
@@ -144,9 +152,12 @@ def test_intervals_of_90_percent_belong_to_the_kinds_with_a_margin():
 
 def keep(place, name, top1, flags=(), **features):
     """A run as `reproduce.keep` writes it, without what the report does not read."""
-    run = {"name": name, "data": "images", "features": {"h": top1, **features},
-           "flags": list(flags), "minutes": 30., "settings": {"scale": place.scale},
-           "device": "a computer", "torch": "2.0", "commit": "abc"}
+    answers = {feature: dict.fromkeys(plan.PREDICTIONS, value)
+               for feature, value in {"h": top1, **features}.items()}
+    run = {"name": name, "data": "images", "features": answers, "flags": list(flags),
+           "minutes": 30., "settings": {"scale": place.scale}, "scale": place.scale,
+           "device": "a computer", "torch": "2.0", "commit": "abc",
+           "commands": [f"python {name.split('-')[0]}.py --out x"]}
     path = place.folder / f"runs/{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run))
@@ -181,14 +192,17 @@ def test_tables_claims_and_figure_4_are_written_from_the_runs_that_there_are(roo
     text = (root / "results/README.md").read_text()
     row = r"\| \(a\) without head \| 51\.\d\d ± 0\.\d\d \(\+[01]\.\d\d\), n = 2 \| 59\.2 \|"
     assert re.search(row, text), text
-    assert re.search(r"\| hidden .*-20.00.*\| +\|", text)
+    row = r"\| MoCo v2, hidden \|( 30\.\d\d ± 0\.\d\d, n = 2 \|){6}"
+    assert re.search(row, text), text
+    assert re.search(r"\| untrained, h \|( \d\d\.\d\d ± 0\.\d\d, n = 2 \|){6}", text)
     assert ("n/a (equals the first row)" in text) == no_blur
     assert (", ours | K = 512, the paper |" in text) and ("| K = 512, ours" in text) != no_blur
     assert "not run |" not in text and "contradicted" in text and "n = 2/2" in text
     assert f"{len(runs)} runs, {len(runs) / 2:.1f} hours of training; flags: none" in text
     assert re.search(r"a fixed random head beats none .* \| \+3.7 \|", text)
-    with Image.open(place.folder / "figure4.png") as picture:
-        assert picture.size[0] > 700
+    for name in ("figure4.png", "section3.png"):
+        with Image.open(place.folder / name) as picture:
+            assert picture.size[0] > 700 and len(np.unique(np.asarray(picture))) > 50
 
 
 def test_readme_cells_are_the_runs_of_their_setting(root):
@@ -237,7 +251,8 @@ if "table1c" in sys.argv:
 start = dict(event="start", step=0, time=0, settings=dict(scale="textures", data="/a"), device="",
              processes=1, threads=1, torch="", python="", commit="")
 log = [start, dict(event="step", step=50, time=60), dict(start, step=50, time=900),
-       dict(event="step", step=60, time=930)]
+       dict(event="step", step=60, time=930),
+       dict(event="epoch", step=60, time=930, epoch=1, loss=6.5, knn=40.)]
 (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\\n" for entry in log) + "{cut")
 (out / "probe").mkdir(exist_ok=True)
 """
@@ -246,9 +261,11 @@ import json, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--encoder") + 1]).parent
 with open("calls", "a") as file:
     file.write("x")
-feature = sys.argv[sys.argv.index("--feature") + 1]
-result = dict(top1=70.5 - len(feature), knn=60.)
-(out / f"probe/quick-{feature}.json").write_text(json.dumps(result))
+first, last = sys.argv.index("--feature") + 1, sys.argv.index("--predict")
+for feature in sys.argv[first:last]:
+    answers = {name: dict(top1=70.5 - len(feature)) for name in sys.argv[last + 1:]}
+    result = dict(**answers["class"], knn=60., predictions=answers)
+    (out / f"probe/quick-{feature}.json").write_text(json.dumps(result))
 """
 
 
@@ -269,15 +286,19 @@ def test_a_run_is_kept_once_and_a_failed_one_is_named(fake, capsys):
         assert "| (d) narrow | 69.50 (+0.00), n = 1 | 62.2 |" in out
     assert "4 of 5 runs are there already" in out
     assert "| (c) more hidden layers | not run |" in (fake / "results/README.md").read_text()
-    assert (fake / "calls").read_text() == "xxxxxx"             # the baseline: h, hidden and z
+    assert (fake / "calls").read_text() == "xxxx"
     kept = json.loads((fake / "results/textures/runs/moco_v2-table1a-seed0.json").read_text())
     assert kept["commands"][0].startswith(
         "python moco_v2.py --preset table1a --seed 0 --out runs/reproduce/textures/")
     assert kept["data"].startswith("embedded textures") and kept["minutes"] == 1.5
     assert kept["settings"] == {"scale": "textures"}
     assert "--quick" in kept["commands"][1]
+    assert kept["features"] == {"h": dict.fromkeys(plan.PREDICTIONS, 69.5)} and kept["knn"] == 60
+    assert kept["epochs"] == [{"epoch": 1, "loss": 6.5, "knn": 40.0}]
     assert call("section3", "--collect") == 0
-    assert "| hidden | 64.50 (-5.00), n = 1 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| MoCo v2, hidden |" + " 64.50, n = 1 |" * 6 in out
+    assert "| untrained, h |" + " not run |" * 6 in out
     output = fake / "runs/reproduce/textures/moco_v2-table1c-seed0/output.txt"
     assert "lost" in output.read_text()
 
@@ -291,6 +312,9 @@ def test_bad_flags_get_one_line(fake):
                        ([*other, "--epochs 0"], "--epochs: 0: expected a whole number, 1 or more"),
                        (["table1", "--seeds", "-1"], "--seeds: -1: expected a whole number, 0"),
                        (["table1", fake / "none"], "no such folder"),
+                       (["table1", "--scale", "cifar10-laptop"],
+                        "--scale cifar10-laptop: for images of scale cifar10; expected a folder"),
+                       (["table1", "--rows", "(e)"], "--rows (e): expected rows of table1: MoCo"),
                        (["table4"], "invalid choice")):
         assert line in refused(reproduce, *argv)
 
@@ -340,27 +364,33 @@ def test_a_command_that_is_still_running_is_waited_for(tmp_path):
 def test_supervised_runs_and_the_papers_protocol_are_read_where_they_are(fake, tmp_path):
     """linear_probe.py writes result.json: in the run's folder, in probe/ or in probe-FEATURE/."""
     for script, flags, scale, feature, path in (
-            ("linear_probe", ["--train", "all"], "textures", "h", "result.json"),
-            ("moco_v2", ["--preset", "table1"], "imagenet", "h", "probe/result.json"),
-            ("moco_v2", ["--preset", "table1"], "imagenet", "z", "probe-z/result.json"),
-            ("moco_v2", ["--preset", "table1"], "cifar10", "z", "probe/quick-z.json")):
+            ("linear_probe", ["--train", "all"], "textures", "h", ["result.json"]),
+            ("linear_probe", ["--quick"], "textures", "z", ["quick-z.json"]),
+            ("moco_v2", ["--preset", "table1"], "imagenet", "h",
+             ["probe/quick-h.json", "probe/result.json"]),
+            ("moco_v2", ["--preset", "table1"], "imagenet", "z",
+             ["probe/quick-z.json", "probe-z/result.json"]),
+            ("moco_v2", ["--preset", "table3"], "imagenet", "h", ["probe/result.json"]),
+            ("moco_v2", ["--preset", "table1"], "cifar10", "z", ["probe/quick-z.json"])):
         assert plan.probes(script, flags, scale)[feature] == path
     place = plan.Place("imagenet", "imagenet", "IMAGENET")
     commands = plan.commands("a", "moco_v2", ["--preset", "table1b"], place)
-    assert "--quick" not in commands[1] and len(commands) == 2
+    assert "--quick" in commands[1] and "class" not in commands[1]
+    assert "--quick" not in commands[2] and len(commands) == 3
+    assert len(plan.commands("a", "moco_v2", ["--preset", "table3"], place)) == 2
     assert len(plan.commands("a", "linear_probe", ["--train", "all"], place)) == 1
 
 
 def test_added_flags_do_not_undo_what_a_cell_is():
     """A point of Figure 4 keeps its K or batch size; only scripts that run need know a flag."""
-    place = plan.Place("here", "textures", flags=["--batch-size", "32"])
+    place = plan.Place("here", "textures", added=["--batch-size", "32"])
     runs = plan.runs(["figure4"], place, [0])
     sizes = {simclr.flags().parse_args(flags).batch_size
              for script, flags in runs.values() if script == "simclr"}
     assert sizes == {16, 64, 512}
     assert {moco_v2.flags().parse_args(flags).batch_size
             for script, flags in runs.values() if script == "moco_v2"} == {32}
-    assert plan.runs(["table1"], plan.Place("here", "textures", flags=["--K", "20"]), [0])
+    assert plan.runs(["table1"], plan.Place("here", "textures", added=["--K", "20"]), [0])
 
 
 # Figure 5

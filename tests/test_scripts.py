@@ -67,7 +67,7 @@ def test_from_images_to_accuracy_and_again(small, tmp_path, inside):
     top1 = re.fullmatch(r"top-1 (\d+\.\d\d) %", probe[-1])
     saved = json.loads((out / "probe/quick-h.json").read_text())
     assert top1 and abs(float(top1[1]) - saved["top1"]) < .006
-    assert "random" in probe[-3] and "out/checkpoint.pt" in probe[-2]
+    assert "random, h" in probe[-4] and "out/checkpoint.pt, h" in probe[-3]
 
 
 def test_f_loads_into_a_plain_torchvision_resnet50(small, tmp_path, inside):
@@ -215,7 +215,13 @@ def test_images_without_labels_are_trained_on_and_not_probed(tmp_path, inside):
         image = Image.fromarray(photo(np.random.default_rng(i), 40, 40))
         image.save(tmp_path / f"photos/{i}.png")
     out = inside(moco_v2, "photos", *TINY, "--epochs", "1", cwd=tmp_path)
-    assert "no labels, no kNN" in out and (tmp_path / "out/curves.png").exists()
+    *_, finished, last = out.splitlines()
+    assert "finished" in finished and (tmp_path / "out/curves.png").exists()
+    number = r"-?[\d.e-]+, untrained -?[\d.e-]+"
+    assert re.fullmatch(f"alignment of z, two views {number}; uniformity of z {number}; "
+                        f"effective rank of h {number}", last), last
+    values = [entry for entry in entries(tmp_path / "out", "epoch") if "rank" in entry]
+    assert len(values) == 2 and all("knn" not in entry for entry in values)
     assert "labels are needed" in refused(linear_probe, "--quick", "--encoder",
                                           "out/checkpoint.pt")
 
