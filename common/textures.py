@@ -3,8 +3,10 @@
 Classes differ in their pattern. Images of a class differ in angle, period, phase, distortion,
 contrast and colour. Each image has two colours: a grey level and a chroma of random hue and
 strength, which tell nothing about the class. Images are drawn from a seed, and are equal on all
-machines up to one grey level.
+machines up to one grey level. `python -m common.textures FILE` draws some of each class.
 """
+
+import sys
 
 import numpy as np
 
@@ -13,7 +15,7 @@ CLASSES = ("stripes", "checks", "dots", "rings", "grid", "zigzag", "smooth noise
 SIZE = 32                                       # pixels
 TWO_PI = 2 * np.pi
 CONTRAST = .16, .32                             # half the difference of the two grey levels
-CHROMA = .15                                    # length of the strongest chroma, RGB in [0, 1]
+CHROMA = .17                                    # length of the strongest chroma, RGB in [0, 1]
 # Orthonormal directions of colour at constant luminance (weights of ITU-R 601).
 LUMINANCE = np.array([.299, .587, .114])
 RED_GREEN = np.array([.587, -.299, 0.]) / np.hypot(.587, .299)
@@ -93,3 +95,16 @@ def _paint(pattern, rng):
     share = (1 + value[:, None]) / 2                            # of the first colour
     image = grey[:, None] + share * first + (1 - share) * second
     return np.clip(np.round(image * 255), 0, 255).astype(np.uint8)
+
+
+def contact_sheet(path, n=8):
+    """Write a picture of `n` images of each class, in columns, at twice their size."""
+    from PIL import Image                                       # nothing else needs it
+    images, _ = draw(n * len(CLASSES), seed=0)
+    rows = images.reshape(n, len(CLASSES), 3, SIZE, SIZE).transpose(0, 3, 1, 4, 2)
+    sheet = Image.fromarray(rows.reshape(n * SIZE, len(CLASSES) * SIZE, 3))
+    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(path)
+
+
+if __name__ == "__main__":
+    contact_sheet(sys.argv[1])
