@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,21 +75,21 @@ def test(model, dataset, **options):
 
 
 # Section 3: which transformation has an image undergone? The head is said to remove what the loss
-# does not need. Each function maps uint8 images x (n, 3, s, s), number i, i + 1, ... of the data
-# set, to transformed ones.
+# does not need. Each function maps uint8 images x (n, 3, s, s) to transformed ones.
 
-def grey(x, i):
+def grey(x):
     return augment.grayscale(x.float()).round().byte().expand_as(x)
 
 
-def noise(x, i):
-    """Gaussian noise of standard deviation .1, which depends on the image's number only."""
-    drawn = [augment.generator("noise", i + k).standard_normal(x.shape[1:], np.float32)
-             for k in range(len(x))]
+def noise(x):
+    """Gaussian noise of standard deviation .1, seeded by the content of each image."""
+    seeds = [zlib.crc32(image.tobytes()) for image in x.cpu().numpy()]
+    drawn = [augment.generator("noise", seed).standard_normal(x.shape[1:], np.float32)
+             for seed in seeds]
     return (x + 25.5 * torch.from_numpy(np.stack(drawn)).to(x.device)).round().clamp(0, 255).byte()
 
 
-def sobel(x, i):
+def sobel(x):
     """Length of the gradient of each channel; a step from black to white gives white."""
     weight = torch.tensor([[1., 0., -1.], [2., 0., -2.], [1., 0., -1.]], device=x.device) / 4
     weight = torch.stack([weight, weight.T])[:, None]                           # (2, 1, 3, 3)
@@ -96,7 +97,7 @@ def sobel(x, i):
     return F.conv2d(padded, weight).norm(dim=1).view(x.shape).round().clamp(0, 255).byte()
 
 
-def rotate(x, i, turns):
+def rotate(x, turns):
     return x.rot90(turns, (2, 3))
 
 
@@ -277,7 +278,7 @@ def quick(args):
             found = {what: answer(what, feature, encoder, whole if what == "class" else parts,
                                   options, args.seed) for what in asked}
             say_row(found, "top1", f"{name}, {feature}")
-            out = args.out or (Path(name).parent / "probe" if Path(name).is_file() else None)
+            out = Path(name).parent / "probe" if Path(name).is_file() else args.out
             if out and ddp.rank() == 0:
                 path = Path(out) / f"quick-{feature}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,20 +15,19 @@ def features(encoder, images, *, normalisation, size, device, workers, feature="
              precision="fp32", batch=500, change=None):
     """Features (n, D) float32 on `device` of all un-augmented images, in order, in eval mode.
 
-    `feature` is named as in `Encoder.embed`. `change(x, i)`, if given, transforms uint8 images x,
-    which are number i, i + 1, ... of all. The encoder's training mode is restored. Processes share
-    the work and return all rows.
+    `feature` is named as in `Encoder.embed`. `change`, if given, transforms uint8 images
+    (n, 3, size, size) before. The encoder's training mode is restored. Processes share the work and
+    return all rows.
     """
     training = encoder.training
     encoder.eval()
     normalise = augment.Augment("none", normalisation=normalisation).to(device)
     longest = -(-len(images) // ddp.world())
     out, done = torch.zeros(longest, encoder.width(feature), device=device), 0
-    rows = ddp.rows(len(images))
-    for x in data.whole(images.take(rows), size=size, batch=batch, device=device,
-                        workers=workers):
+    mine = images.take(ddp.rows(len(images)))
+    for x in data.whole(mine, size=size, batch=batch, device=device, workers=workers):
         if change:
-            x = change(x, rows.start + done)
+            x = change(x)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             out[done:done + len(x)] = encoder.embed(normalise.transform(x, {}), feature)
         done += len(x)
