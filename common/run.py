@@ -317,8 +317,11 @@ def machine(device):
     """What a number was measured on: hardware, versions, commit."""
     name, commit = platform.machine(), ""
     with contextlib.suppress(OSError, StopIteration):
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], text=True,
-                                capture_output=True, cwd=Path(__file__).parent).stdout.strip()
+        commit, changed = (subprocess.run(["git", *words], text=True, capture_output=True,
+                                          cwd=Path(__file__).parent.parent).stdout.strip()
+                           for words in (["describe", "--always"],
+                                         ["status", "--porcelain", "-uno", "--", ":!results"]))
+        commit += "-dirty" * bool(changed)
         with open("/proc/cpuinfo") as file:
             name = next(line.split(": ")[1].strip() for line in file if "model name" in line)
     name = f"{name}, {os.cpu_count()} cores"

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import functools
 import importlib
-import itertools
 import json
 from pathlib import Path
 
@@ -28,6 +27,7 @@ LADDER = {"imagenet": (256, 512, 1024, 4096, 16384, 65536),     # K of Figure 4
           "cifar10": (16, 64, 256, 1024, 4096, 16384),
           "textures": (16, 128, 1024),
           "cifar10-laptop": (64, 512, 4096)}
+LENGTHS = {"cifar10-laptop": (5, 10, 20, 50, 100)}              # epochs
 PREDICTIONS = ("class", "grey", "hue", "noise", "rotation", "sobel")    # of linear_probe.py
 CHUNK = 2048                    # SimCLR: 256 images of 224 pixels on each of 8 GPUs
 
@@ -41,6 +41,7 @@ TITLES = {
     "section5": "Section 5: sampling of negatives",
     "section7": "Section 7: no momentum encoder",
     "figure4": "Figure 4: accuracy over the number of negatives",
+    "length": "Table 1 (a) over the length of training",
     "figure2": "Figure 2: images reconstructed from features",
     "figure3": "Figure 3: features of augmented images",
     "figure5": "Figure 5: sampling of hard negatives",
@@ -70,6 +71,7 @@ ROWS = {
         "MoCo v2": ("moco_v2 --preset table3", 67.3, 67.5),
         "(a) no MLP": ("moco_v2 --preset table3a", 61.7, 63.6),
         "(b) no blur": ("moco_v2 --preset table3b", 65.5, 66.4),
+        "with blur": ("moco_v2 --preset table3 --blur",),       # where the baseline has none
         "(c) no cosine": ("moco_v2 --preset table3c", 67.2, 67.3),
         "(d) m = .5": ("moco_v2 --preset table3d", 59.8, 64.5),
     },
@@ -102,6 +104,10 @@ ROWS = {
         "MoCo": ("moco_v2 --preset moco-v1",),
         "InstDisc": ("instdisc --preset figure4",),
         "SimCLR": ("simclr --preset figure4",),
+    },
+    "length": {
+        "MoCo v2": ("moco_v2 --preset table1",),
+        "(a) without head": ("moco_v2 --preset table1a",),
     },
     # For pictures, a row is a flag of the script that draws it: a network's checkpoint.
     "figure2": {"--head": ("moco_v2 --preset table1",), "--no-head": ("moco_v2 --preset table1a",)},
@@ -159,6 +165,8 @@ def columns(item, scale):
         return list(PREDICTIONS)
     if item == "supervised":
         return ["supervised"]
+    if item == "length":
+        return [f"{epochs} epochs" for epochs in LENGTHS.get(scale, ())]
     if item in ("table3", "section5", "section7", "figure4"):
         return [f"K = {K}" for K in (LADDER if item == "figure4" else TABLE3_K)[scale]]
     return ["MoCo v2", "supervised"] if item.startswith("table2") else ["MoCo v2"]
@@ -180,6 +188,8 @@ def size(script, K):
 def settings(script, flags, scale):
     """What a command resolves to, as text: equal for equal settings, whatever their preset."""
     module = importlib.import_module(script)
+    if scale in NAMED:
+        flags = [*flags[:2], *NAMED[scale][1][script].split(), *flags[2:]]
     scales = getattr(module, "SUPERVISED", module.SCALES)
     args = vars(train.settings(module.flags(), flags, kind(scale), scales, module.PRESETS))
     for name in (*train.RUN_FLAGS, "preset"):
@@ -196,12 +206,15 @@ def cells(scale):
     found, known = {}, {}
     for item, rows in ROWS.items():
         for row, (command, *numbers) in rows.items():
-            for column, paper in itertools.zip_longest(columns(item, scale), numbers):
+            names = columns(item, scale)
+            for column, paper in zip(names, [*numbers, *[None] * len(names)]):
                 script, *flags = command.split()
                 if column == "supervised" and script != "linear_probe":
                     script, flags = "linear_probe", ["--train", "all", *flags]
                 if column.startswith("K = "):
                     flags += size(script, int(column[4:]))
+                if column.endswith(" epochs"):
+                    flags += ["--epochs", column.split()[0]]
                 words = [flag.lstrip("-") for flag in flags
                          if flag not in ("--preset", "--train", "--encoder", "--quick")]
                 run = "-".join([script, *words]), script, flags
@@ -223,7 +236,7 @@ def runs(items, place, seeds, rows=None):
     for (item, row, _), (name, script, flags, *_) in cells(place.scale).items():
         for seed in seeds if item in items and row in (rows or [row]) else ():
             run = script, [*flags[:2], *place.flags(script), *flags[2:], "--seed", str(seed)]
-            settings(*run, place.scale)                         # parses the flags
+            settings(*run, kind(place.scale))                   # parses the flags
             found[f"{name}-seed{seed}"] = run
     return found
 
