@@ -321,7 +321,7 @@ def test_presets_are_the_papers_rows():
     assert (s.epochs, s.K, s.head, s.m) == (200, 512, "mlp", .999)
     assert s.out == "runs/moco_v2-imagenet-table3-K=512"
     assert resolved("--preset", "table3", scale="cifar10").epochs == 200
-    assert resolved("--preset", "table3", scale="textures").epochs == 9
+    assert resolved("--preset", "table3", scale="textures").epochs == 12
     assert resolved("--preset", "table1").epochs == 100
     s = resolved("--preset", "moco-v1")
     assert (s.stack, s.head, s.temperature, s.schedule) == ("moco_v1", "none", .07, "steps")
@@ -341,7 +341,7 @@ def test_every_option_of_a_preset_is_a_setting():
 def test_flags_override_presets_which_override_scales():
     plain = resolved(scale="textures")
     assert (plain.preset, plain.head, plain.K, plain.m) == ("table1", "mlp", 1024, .99)
-    assert (plain.epochs, plain.blur, plain.scale) == (9, False, "textures")
+    assert (plain.epochs, plain.blur, plain.scale) == (12, False, "textures")
     assert resolved("--preset", "table3d", scale="textures").m == .5
     assert resolved("--preset", "table3d", "--m", ".25", scale="textures").m == .25
     # A flag wins also if its value is that of the scale.
