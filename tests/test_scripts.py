@@ -25,7 +25,7 @@ import tsne_aug
 from common.model import resnet
 from common.run import Log
 from reproduce import __main__ as reproduce
-from reproduce import figure5, plan
+from reproduce import figure5, plan, voc_detection
 
 TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20",
         "--epochs", "3", "--out", "out")
@@ -308,7 +308,8 @@ def test_a_message_reaches_the_user_without_a_traceback(tmp_path):
 SCRIPTS = (moco_v2, simclr, instdisc, linear_probe, dip_inversion, tsne_aug)
 PARSERS = {f"{script.__name__}.py": script.flags().parse_args for script in SCRIPTS}
 PARSERS |= {"benchmark.py": benchmark.parse_args, "reproduce": reproduce.parse,
-            "reproduce.figure5": figure5.flags().parse_args}
+            "reproduce.figure5": figure5.flags().parse_args,
+            "reproduce.voc_detection": voc_detection.flags().parse_args}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -335,7 +336,7 @@ def commands(text):
 def documented_commands():
     """Those of the README, of docs/ and of the scripts' docstrings."""
     texts = [path.read_text() for path in DOCUMENTS]
-    texts += [module.__doc__ for module in (*SCRIPTS, benchmark, reproduce, figure5)]
+    texts += [module.__doc__ for module in (*SCRIPTS, benchmark, reproduce, figure5, voc_detection)]
     return [command for text in texts for command in commands(text)]
 
 
