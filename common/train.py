@@ -64,6 +64,7 @@ def parser(script, description, presets):
     add("--max-steps", type=COUNT, metavar="n", help="stop after this step; the schedule stays")
     add("--save-minutes", type=NON_NEGATIVE, default=30., metavar="t",
         help="save this often, besides each epoch's end (default: 30; 0: every step)")
+    add("--n-evals", type=COUNT, metavar="n", help="evaluations in a run, at most one per epoch")
     add("--batch-size", type=COUNT, metavar="n", help="images per step, over all processes")
     add("--lr", type=POSITIVE, help="learning rate (default: scaled with the batch size)")
     add("--warmup", type=NATURAL, metavar="STEPS", help="steps of linear warm-up")
