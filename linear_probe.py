@@ -154,10 +154,15 @@ def fingerprints(module):
             for name, tensor in module.state_dict().items()}
 
 
+def fingerprint(module):
+    """A short hash of a module, by which a run notices that its encoder was trained since."""
+    return hashlib.sha1("".join(fingerprints(module).values()).encode()).hexdigest()[:12]
+
+
 def check_unchanged(module, before):
     """Raises UserError with the first parameter or buffer that differs from fingerprints before."""
-    for name, fingerprint in fingerprints(module).items():
-        if fingerprint != before[name]:
+    for name, now in fingerprints(module).items():
+        if now != before[name]:
             raise UserError(f"the encoder is not frozen: {name} has changed; the accuracy is not "
                             "that of a linear probe")
 
@@ -304,9 +309,7 @@ def prepare_probe(argv, first):
     [(name, encoder, saved)], dataset = read_encoders(first)
     args = train.settings(flags(), argv, dataset.scale, SCALES, PRESETS)
     args.arch, args.size, args.normalisation = saved["arch"], saved["size"], saved["normalisation"]
-    # If the encoder has been trained since, it is another run.
-    every = "".join(fingerprints(encoder).values())
-    args.encoder_fingerprint = hashlib.sha1(every.encode()).hexdigest()[:12]
+    args.encoder_fingerprint = fingerprint(encoder)
     n = len(dataset.train)
     if args.batch_size > n:
         args.lr, args.batch_size = args.lr * n / args.batch_size, n
@@ -386,7 +389,7 @@ def main(argv=None):
     labels = dataset.train.labels.to(device)
     for step, x, index in run.steps(batches):
         done = step % steps_per_epoch * args.batch_size
-        batch = min(args.batch_size, args.images - done)        # an epoch's last may be smaller
+        batch = min(args.batch_size, args.images - done)        # the last batch may be smaller
         draws = ddp.send({**augmented.draw(step, batch), "index": index}, device)
         index = draws.pop("index")
         x, = augmented.apply(x, draws)                          # (N, 3, H, W)

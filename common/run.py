@@ -205,7 +205,7 @@ class Run:
                 checkpoint.save(self.path, self.step, self.settings, self.state)
             self.saved = time.time()
             self.save_seconds = self.saved - began
-        if logged:                              # do not count this as time of the next steps
+        if logged:                              # leave saving out of the speed shown next
             self.since, self.waited = time.time(), 0.
         return stop
 

@@ -78,7 +78,7 @@ def show(values, baseline):
 def table(item, place, found):
     """Lines of markdown: our results of an item beside the paper's.
 
-    Section 3 has no differences to the first row, and the paper's number for its class only.
+    The table of Section 3 has neither differences to the first row nor the paper's numbers.
     """
     if item == "section3":
         lines = [["", *plan.PREDICTIONS], ["---"] * (1 + len(plan.PREDICTIONS))]

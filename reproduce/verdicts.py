@@ -104,7 +104,7 @@ def fit(variances, df, added=ADDED_CELLS):
 
 
 def shrink(variances, df, prior, outlier=OUTLIER):
-    """Moderated variances and their degrees of freedom, for cells of the place of `prior`."""
+    """Moderated variances of cells, and their degrees of freedom; `prior` is from their place."""
     variances = raised(variances, df, prior.median)
     own = df / (prior.df + df)                                  # 0 with an infinite prior.df
     moderated = (1 - own) * prior.variance + own * variances

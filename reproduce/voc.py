@@ -112,7 +112,7 @@ class Split:
 
 
 def voc_boxes(boxes):
-    """Boxes (n, 4) as in VOC's files."""
+    """Convert boxes (n, 4) to the convention of VOC's files, which count pixels from 1."""
     return boxes + torch.tensor([1, 1, 0, 0])
 
 

@@ -16,7 +16,6 @@ x (N, 3, H, W): padded images. h (n, width): layer4 of n regions, pooled. Boxes:
 """
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from common import UserError, augment, data, ddp, train
 from common.checkpoint import load_encoder
 from common.model import resnet
 from common.run import Run, machine
-from linear_probe import fingerprints
+from linear_probe import fingerprint
 from reproduce import voc
 
 STRIDE = 16                                     # pixels of the image per pixel of layer3
@@ -287,9 +286,7 @@ def settings(argv, scale):
         raise UserError(f"--encoder {args.encoder}: is a {saved['arch']}, not --arch {args.arch}")
     args.arch, file = saved["arch"], Path(args.encoder)
     args.normalisation = saved.get("normalisation", saved.get("scale", args.normalisation))
-    # If the encoder has been trained since, it is another run.
-    every = "".join(fingerprints(encoder.f).values())
-    args.encoder_fingerprint = hashlib.sha1(every.encode()).hexdigest()[:12]
+    args.encoder_fingerprint = fingerprint(encoder.f)
     f = resnet(args.arch, norm=BatchNorm)
     f.load_state_dict(encoder.f.state_dict())
     if file.is_file():
