@@ -264,8 +264,10 @@ def steps_per_epoch(n, batch, drop_last=True):
 
 
 def default_workers():
-    """The processor cores of this process, at most 16."""
-    return max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """The processor cores that this process may use, at most 16."""
+    affinity = getattr(os, "sched_getaffinity", None)           # not on macOS and Windows
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def views(images, n_views, *, size, area, batch, seed, start, stop, device, workers,

@@ -141,11 +141,16 @@ def feature_options(args, device):
 def monitor(args, dataset, encoder, augmented, device, n=256):
     """`evaluate.monitor` as a function without arguments, with n images for alignment."""
     batch = max(1, min(n, len(dataset.train)) // ddp.world()) * ddp.world()
-    [(_, crops, _)] = data.views(dataset.train, 2, size=args.size, area=args.crop, batch=batch,
+
+    @functools.cache
+    def crops():
+        [(_, x, _)] = data.views(dataset.train, 2, size=args.size, area=args.crop, batch=batch,
                                  seed=args.seed, start=0, stop=1, device=device,
                                  workers=args.workers)
-    return functools.partial(evaluate.monitor, encoder, dataset, crops, augmented,
-                             **feature_options(args, device))
+        return x
+
+    return lambda: evaluate.monitor(encoder, dataset, crops(), augmented,
+                                    **feature_options(args, device))
 
 
 def views(args, images, n_views, run, device, drop_last=True):

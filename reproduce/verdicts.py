@@ -225,11 +225,6 @@ def judge(kind, contrasts, cells, prior=None):
                    intervals)
 
 
-def against_last(count):
-    """The contrasts of all but the last of `count` cells with the last."""
-    return [[float(i == j) for j in range(count - 1)] + [-1.] for i in range(count - 1)]
-
-
 def collapse(baseline, untrained, cell, prior=None):
     """The `Verdict` on the claim that a cell loses half of the baseline's gain or more.
 
