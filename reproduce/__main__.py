@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,8 @@ def parse(argv):
     add("--seeds", type=train.NATURAL, nargs="+", default=[0], metavar="n")
     add("--jobs", type=train.COUNT, default=1, metavar="n",
         help="runs at a time, which share the cores")
+    add("--voc", metavar="VOC", help="the folder VOCdevkit for detection (default on the textures: "
+        "drawn scenes)")
     add("--flags", type=shlex.split, default=[], metavar="'--epochs n ...'",
         help="flags that are added to every run; needs --as")
     add("--as", dest="place", metavar="NAME",
@@ -55,11 +58,11 @@ def parse(argv):
 
 
 def dry_run(place, runs, pictures):
-    """Print all commands of a place."""
+    """Print all commands of a place, each once."""
     print(f"# scale {place.scale}: {len(runs)} runs")
     commands = [words for name, run in runs.items() for words in plan.commands(name, *run, place)]
-    for words in [*commands, *pictures.values()]:
-        print(shlex.join(words))
+    for line in dict.fromkeys(map(shlex.join, [*commands, *pictures.values()])):
+        print(line)
 
 
 def check(place, description):
@@ -101,6 +104,8 @@ def keep(name, script, flags, place, description):
                 found[feature][question] = answer["top1"]
             if "top1" in result:
                 found[feature]["class"] = result["top1"]
+            if feature == "detection":
+                found[feature] = {name: result[name] for name in ("AP", "AP50", "AP75")}
             if feature == "h":
                 knn = result.get("knn", knn)
     events = Log(out / "log.jsonl").entries() if (out / "log.jsonl").exists() else []
@@ -108,11 +113,12 @@ def keep(name, script, flags, place, description):
                   if after["event"] != "start")                 # else it was stopped in between
     start = events[0] if events else {**result, "settings": {"scale": plan.kind(place.scale)}}
     start["settings"].pop("data", None)                         # a path of this machine
-    shown = dataclasses.replace(place, data=plan.PLACEHOLDER[plan.kind(place.scale)])
+    shown = dataclasses.replace(place, data=plan.PLACEHOLDER[plan.kind(place.scale)],
+                                voc=["VOCDEVKIT"] if place.voc else [])
     commands = [shlex.join(words) for words in plan.commands(name, script, flags, shown)]
     run = {"name": name, "scale": place.scale, "data": description, "flags": place.flags(script),
-           "commands": commands, "top1": found["h"]["class"], "knn": knn, "features": found,
-           "minutes": round(seconds / 60, 2)}
+           "commands": commands, "top1": found.get("h", {}).get("class"), "knn": knn,
+           "features": found, "minutes": round(seconds / 60, 2)}
     for field in ("settings", "device", "processes", "threads", "torch", "python", "commit"):
         run[field] = start[field]
     run["epochs"] = [{field: value for field, value in event.items()
@@ -153,6 +159,15 @@ def execute_all(runs, place, description, jobs):
     return None if stopped.is_set() else failed
 
 
+def show_detections(place, seed):
+    """Copy the picture of the last row of the item `detection`."""
+    *_, row = plan.ROWS["detection"]
+    cell = plan.cells(place.scale).get(("detection", row, "AP"))
+    picture = place.output(f"{cell.name}-seed{seed}").parent / "detections.png" if cell else None
+    if picture and picture.exists():
+        shutil.copy(picture, place.folder / "detection.png")
+
+
 def main(argv=None):
     args = parse(argv)
     items = {"all": list(plan.ROWS), "claims": plan.TABLES}.get(args.item, [args.item])
@@ -171,7 +186,13 @@ def main(argv=None):
                             "of them as DATA")
         paths = {args.scale: paths[kind]}
     for scale, path in paths.items():
-        place = plan.Place(args.place or scale, scale, path, args.flags)
+        folder = args.voc or ("VOCDEVKIT" if scale == "imagenet" and args.dry_run else None)
+        if scale == "imagenet" and "detection" in items and not folder:
+            if args.item == "detection":
+                raise UserError("detection: expected --voc FOLDER, a VOCdevkit")
+            print("note: no detection, which needs --voc FOLDER")
+            items.remove("detection")
+        place = plan.Place(args.place or scale, scale, path, args.flags, [folder] if folder else [])
         runs = plan.runs(items, place, args.seeds, args.rows)
         pictures = plan.pictures(items, place, args.seeds[0])
         if args.dry_run:
@@ -189,6 +210,8 @@ def main(argv=None):
         for item, words in pictures.items():
             if call([words], place.output(item)):
                 failed.append(item)
+    if "detection" in items and not args.collect:
+        show_detections(place, args.seeds[0])
     report.write(items, place)
     for name in failed:
         output = place.output(name)

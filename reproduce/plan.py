@@ -28,6 +28,7 @@ LADDER = {"imagenet": (256, 512, 1024, 4096, 16384, 65536),     # K of Figure 4
           "textures": (16, 128, 1024),
           "cifar10-laptop": (64, 512, 4096)}
 LENGTHS = {"cifar10-laptop": (5, 10, 20, 50, 100)}              # epochs
+DETECTION = ("imagenet", "textures")            # scales whose encoders are fine-tuned for detection
 PREDICTIONS = ("class", "grey", "hue", "noise", "rotation", "sobel")    # of linear_probe.py
 CHUNK = 2048                    # SimCLR: 256 images of 224 pixels on each of 8 GPUs
 
@@ -40,6 +41,7 @@ TITLES = {
     "section3": "Section 3: what the features know",
     "section5": "Section 5: sampling of negatives",
     "section7": "Section 7: no momentum encoder",
+    "detection": "Section 5: detection transfer",
     "figure4": "Figure 4: accuracy over the number of negatives",
     "length": "Table 1 (a) over the length of training",
     "figure2": "Figure 2: images reconstructed from features",
@@ -98,6 +100,12 @@ ROWS = {
         "MoCo v2": ("moco_v2 --preset table3", 67.3, 67.5),
         "m = 0": ("moco_v2 --preset section7", "cannot converge", "cannot converge"),
     },
+    "detection": {                                              # row: the encoder
+        "untrained": ("linear_probe --encoder random --quick",),
+        "supervised": ("linear_probe --train all",),
+        "MoCo v2, few negatives": ("moco_v2 --preset table3",),     # those of Table 3
+        "MoCo v2, many negatives": ("moco_v2 --preset table3",),
+    },
     "figure4": {
         "MoCo v2": ("moco_v2 --preset table3",),
         "MoCo v2, hard negatives": ("moco_v2 --preset table3 --negatives hard",),
@@ -119,7 +127,8 @@ PICTURES = {"figure2": "dip_inversion.py", "figure3": "tsne_aug.py",
             "figure5": "-m reproduce.figure5"}
 TABLES = [item for item in ROWS if item not in PICTURES]
 
-# The run `name` is made by `script` with `flags`; `question` is predicted from its `feature`.
+# The run `name` is made by `script` with `flags`; `question` is predicted from its `feature`. For
+# detection, flags are the encoder's script and flags, the feature "detection", the question an AP.
 # `paper` is a number, a text or None.
 Cell = collections.namedtuple("Cell", "name script flags paper feature question")
 
@@ -128,18 +137,27 @@ Cell = collections.namedtuple("Cell", "name script flags paper feature question"
 class Place:
     """A folder results/NAME of runs on the images DATA, with added `flags` for each script.
 
-    `data` is the argument DATA, as a list. The result of a run is kept as runs/RUN.json.
+    `data` is the argument DATA, as a list, and `voc` the folder VOCdevkit for detection (default:
+    drawn scenes). The result of a run is kept as runs/RUN.json.
     """
 
     name: str
     scale: str                                  # of the scripts, or one of NAMED
     data: list = ()
     added: list = ()                            # flags for all scripts
+    voc: list = ()
 
     def flags(self, script):
         """The flags that are added to a command."""
         named = NAMED[self.scale][1][script].split() if self.scale in NAMED else []
         return [*named, *self.added]
+
+    def run(self, script, flags, seed):
+        """(script, flags) of a cell with a seed; this place's flags come after the preset."""
+        if script == "voc_detection":
+            encoder, flags = self.run(flags[0], flags[1:], seed)
+            return script, [encoder, *flags]
+        return script, [*flags[:2], *self.flags(script), *flags[2:], "--seed", str(seed)]
 
     @property
     def folder(self):
@@ -167,6 +185,8 @@ def columns(item, scale):
         return ["supervised"]
     if item == "length":
         return [f"{epochs} epochs" for epochs in LENGTHS.get(scale, ())]
+    if item == "detection":
+        return ["AP", "AP50", "AP75"] if scale in DETECTION else []
     if item in ("table3", "section5", "section7", "figure4"):
         return [f"K = {K}" for K in (LADDER if item == "figure4" else TABLE3_K)[scale]]
     return ["MoCo v2", "supervised"] if item.startswith("table2") else ["MoCo v2"]
@@ -187,6 +207,8 @@ def size(script, K):
 
 def settings(script, flags, scale):
     """What a command resolves to, as text: equal for equal settings, whatever their preset."""
+    if script == "voc_detection":
+        return settings(flags[0], flags[1:], scale)
     module = importlib.import_module(script)
     if scale in NAMED:
         flags = [*flags[:2], *NAMED[scale][1][script].split(), *flags[2:]]
@@ -213,6 +235,8 @@ def cells(scale):
                     script, flags = "linear_probe", ["--train", "all", *flags]
                 if column.startswith("K = "):
                     flags += size(script, int(column[4:]))
+                if row.endswith(" negatives") and item == "detection":
+                    flags += size(script, TABLE3_K[scale]["many" in row])
                 if column.endswith(" epochs"):
                     flags += ["--epochs", column.split()[0]]
                 words = [flag.lstrip("-") for flag in flags
@@ -222,6 +246,9 @@ def cells(scale):
                 feature, question = "h", "class"
                 if item == "section3":
                     feature, question = row.split(", ")[-1], column
+                if item == "detection":
+                    feature, question = "detection", column
+                    run = f"voc_detection-{run[0]}", "voc_detection", list(run[1:2]) + run[2]
                 found[item, row, column] = Cell(*run, paper, feature, question)
     return found
 
@@ -229,15 +256,14 @@ def cells(scale):
 def runs(items, place, seeds, rows=None):
     """{name: (script, flags)}: the runs that `items`, or some rows of them, need, each once.
 
-    The place's flags come after the preset. Where a cell has the same flag, its own counts. Exits
-    with one line if a script does not take the place's flags.
+    Where a cell has the same flag as the place, its own counts. Exits with one line if a script
+    does not take the place's flags.
     """
     found = {}
     for (item, row, _), (name, script, flags, *_) in cells(place.scale).items():
         for seed in seeds if item in items and row in (rows or [row]) else ():
-            run = script, [*flags[:2], *place.flags(script), *flags[2:], "--seed", str(seed)]
+            run = found[f"{name}-seed{seed}"] = place.run(script, flags, seed)
             settings(*run, kind(place.scale))                   # parses the flags
-            found[f"{name}-seed{seed}"] = run
     return found
 
 
@@ -258,7 +284,9 @@ def questions(flags, scale):
 
 
 def probes(script, flags, scale):
-    """{feature: [result files in the run's folder]}. Supervised runs have their own result."""
+    """{feature: [result files in the run's folder]}; supervised training has its own result."""
+    if script == "voc_detection":
+        return {"detection": ["result.json"]}
     if "--train" in flags:
         return {"h": ["result.json"]}
     found = {}
@@ -271,9 +299,20 @@ def probes(script, flags, scale):
 
 
 def commands(name, script, flags, place):
-    """The training command, then the probes': lists of words."""
+    """The training command, then the probes': lists of words.
+
+    For detection, those of the encoder, which another item may have trained already, and of the
+    fine-tuning.
+    """
     gpus = torch.cuda.device_count()
     python = ["torchrun", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else ["python"]
+    if script == "voc_detection":
+        name, (script, *flags), out = name.removeprefix("voc_detection-"), flags, place.out(name)
+        first, encoder = commands(name, script, flags, place)[:1], f"{place.out(name)}/checkpoint.pt"
+        if "random" in flags:
+            first, encoder = [], "random"
+        return [*first, [*python, "-m", "reproduce.voc_detection", *place.voc, "--encoder", encoder,
+                         "--seed", flags[-1], "--out", out]]
     command = [*python, f"{script}.py", *place.data, *flags, "--out", place.out(name)]
     if "--train" in flags:
         return [command]

@@ -321,7 +321,8 @@ def main(argv=None):
             content = {**result, "AP50_by_class": dict(zip(classes, by_class)),
                        "settings": run.settings, **machine(device)}
             (run.out / "result.json").write_text(json.dumps(content, indent=1))
-            draw(run.out / "detections.png", test_split, found, classes)
+            name = file.parent.name if (file := Path(args.encoder)).is_file() else args.encoder
+            draw(run.out / "detections.png", test_split, found, classes, name)
         return result
 
     part = args.iterations // 10 if args.iterations % 10 == 0 else args.iterations
@@ -341,8 +342,11 @@ def main(argv=None):
     return run.close("  ".join(f"{name} {value:.2f}" for name, values in last for value in values))
 
 
-def draw(path, split, found, classes, n=6):
-    """Detections with a score of .5 or more in test images; objects are dashed."""
+def draw(path, split, found, classes, name, n=6):
+    """Detections with a score of .5 or more in test images; objects are dashed.
+
+    `name` is the encoder's in the title.
+    """
     from matplotlib.figure import Figure                        # slow to import
     from matplotlib.patches import Rectangle
     figure, objects = Figure(figsize=(9, 6.4), layout="constrained"), split.rows()
@@ -364,7 +368,7 @@ def draw(path, split, found, classes, n=6):
                       clip_on=True, bbox=dict(facecolor="yellow", edgecolor="none", pad=1))
     for axis in figure.axes:
         axis.axis("off")
-    figure.suptitle("detections with a score of .5 or more (yellow), objects (dashed)")
+    figure.suptitle(f"{name}: detections with a score of .5 or more (yellow), objects (dashed)")
     figure.savefig(path, dpi=75)
 
 

@@ -379,7 +379,7 @@ def test_the_end_of_an_epoch_is_cheap(tmp_path):
 
 
 @pytest.mark.parametrize("script, flags", [
-    (moco_v2, ["--bn-group", "4", "--K", "16"]), (simclr, []), (simclr, ["--chunk", "2"]),
+    (moco_v2, ["--bn-group", "4", "--K", "16"]), (simclr, ["--chunk", "2"]),
     (instdisc, ["--bn-group", "4", "--K", "16"]), (linear_probe, ["--train", "all"])])
 def test_compiled_scripts_train(script, flags, small, tmp_path, monkeypatch):
     """Without a recompilation for every chunk, which would end in eager mode."""

@@ -20,12 +20,13 @@ import simclr
 import tsne_aug
 from common import UserError, train
 from reproduce import __main__ as reproduce
-from reproduce import claims, figure5, plan, report, verdicts
+from reproduce import claims, figure5, plan, report, verdicts, voc_detection
 
 SCALES = ["imagenet", "cifar10", "textures"]
 SCRIPTS = {f"{m.__name__}.py": m
            for m in (dip_inversion, instdisc, linear_probe, moco_v2, simclr, tsne_aug)}
-SCRIPTS["reproduce.figure5"] = figure5
+SCRIPTS |= {"reproduce.figure5": figure5, "reproduce.voc_detection": voc_detection}
+COMMAND = r"(\w+\.py|reproduce\.\w+) (.*)"
 
 
 def call(*argv):
@@ -45,7 +46,7 @@ def test_every_command_is_printed_and_parses(capsys, monkeypatch, gpus):
     for line in lines:
         if line.startswith("#"):
             continue
-        name, argv = re.search(r"(\w+\.py|reproduce\.figure5) (.*)", line).groups()
+        name, argv = re.search(COMMAND, line).groups()
         args = SCRIPTS[name].flags().parse_args(shlex.split(argv))
         if name in ("dip_inversion.py", "tsne_aug.py", "reproduce.figure5"):
             assert line.startswith("python ")                   # in one process
@@ -59,7 +60,7 @@ def test_every_command_is_printed_and_parses(capsys, monkeypatch, gpus):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("# scale cifar10-laptop: ") and len(lines) > 80
     for line in lines[1:]:
-        name, argv = re.search(r"(\w+\.py|reproduce\.figure5) (.*)", line).groups()
+        name, argv = re.search(COMMAND, line).groups()
         args = SCRIPTS[name].flags().parse_args(shlex.split(argv))
         if "--preset" in line or "--train" in line:
             assert (args.arch, args.seed) == ("resnet10", 2)
@@ -173,7 +174,7 @@ def test_every_claim_names_cells_that_exist():
     for scale in (*SCALES, *plan.NAMED):
         for claim in (*claims.PAPER, *claims.OURS):
             every = claims.keys_of(claim, scale)
-            assert every or claim.item == "length"
+            assert every or claim.item in ("length", "detection")
             assert all(key in plan.cells(scale) for keys in every for key in keys), claim
             assert claim.kind in (*verdicts.KINDS, "collapse")
 
@@ -182,6 +183,8 @@ def keep(place, name, top1, flags=(), **features):
     """A run as `reproduce.keep` writes it, without what the report does not read."""
     answers = {feature: dict.fromkeys(plan.PREDICTIONS, value)
                for feature, value in {"h": top1, **features}.items()}
+    if name.startswith("voc_detection"):
+        answers = {"detection": {"AP": top1, "AP50": top1 + 30, "AP75": top1 - 5}}
     run = {"name": name, "data": "images", "features": answers, "flags": list(flags),
            "minutes": 30., "settings": {"scale": place.scale}, "scale": place.scale,
            "device": "a computer", "torch": "2.0", "commit": "abc",
@@ -207,8 +210,9 @@ def test_tables_claims_and_figure_4_are_written_from_the_runs_that_there_are(roo
     report.write(plan.TABLES, place)
     no_blur = scale != "imagenet"               # there, the row changes nothing
     lines = claims.table(report.results(place), scale)
-    n = len(claims.PAPER) - 1 + len(claims.OURS) - 1            # one on blur; none on length
-    assert "\n".join(lines).count("| not run |") == n + 1       # detection
+    n = len(claims.PAPER) - 2 + len(claims.OURS) - 2            # one on blur; none on length
+    n += 2 * (scale in plan.DETECTION)
+    assert "\n".join(lines).count("| not run |") == n
     printed = capsys.readouterr().out
     assert "± " not in printed and "(c) more hidden layers" not in printed
     text = (root / "results/README.md").read_text()
@@ -226,7 +230,9 @@ def test_tables_claims_and_figure_4_are_written_from_the_runs_that_there_are(roo
     assert re.search(r"\| untrained, h \|( \d\d\.\d\d ± 0\.\d\d, n = 2 \|){6}", text)
     assert ("(b) no blur" in text) != no_blur
     assert (", ours | K = 512, the paper |" in text) and ("| K = 512, ours" in text) != no_blur
-    assert text.count("not run |") == 1 and "contradicted" in text and "| 2/2 |" in text
+    assert "not run |" not in text and "contradicted" in text and "| 2/2 |" in text
+    row = r"\| untrained \| \d\d.\d\d ± 0.\d\d, n = 2 \| \d\d\d?.\d\d ± "      # AP, AP50
+    assert bool(re.search(row, text)) == (scale in plan.DETECTION), text
     assert f"{len(runs)} runs, {len(runs) / 2:.1f} hours of training; flags: none" in text
     assert re.search(r"a fixed random head beats none .* \| \+3.7 \| [-+]\d", text)
     table = "\n".join(claims.table(report.results(place, claims.FIRST_SEED), scale))
@@ -276,6 +282,7 @@ def test_results_readme_is_what_the_runs_say():
 TRAINING = """
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True, exist_ok=True)
 if "table1c" in sys.argv:
     print("lost")
     sys.exit(1)
@@ -332,6 +339,36 @@ def test_a_run_is_kept_once_and_a_failed_one_is_named(fake, capsys):
     assert "untrained, h" not in out
     output = fake / "runs/reproduce/textures/moco_v2-table1c-seed0/output.txt"
     assert "lost" in output.read_text()
+
+
+FINE_TUNING = """
+import json, pathlib, sys
+encoder = pathlib.Path(sys.argv[sys.argv.index("--encoder") + 1])
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+assert encoder.parent.is_dir() and ("K-16" in str(encoder)) == ("K-16" in str(out))
+start = dict(event="start", step=0, time=0, settings=dict(scale="scenes"), device="", processes=1,
+             threads=1, torch="", python="", commit="")
+(out / "log.jsonl").write_text(json.dumps(start))
+(out / "result.json").write_text(json.dumps(dict(AP=41.5, AP50=70., AP75=40., AP50_by_class={})))
+(out / "detections.png").write_text(str(out))
+"""
+
+
+def test_detection_trains_the_encoder_and_keeps_the_ap(fake, capsys):
+    (fake / "reproduce").mkdir()
+    (fake / "reproduce/voc_detection.py").write_text(FINE_TUNING)
+    rows = ["MoCo v2, few negatives", "MoCo v2, many negatives"]
+    assert call("detection", "--rows", *rows, "--seeds", "3") == 0
+    out = capsys.readouterr().out
+    assert out.count("| 41.50, n = 1 | 70.00, n = 1 | 40.00, n = 1 |") == 2, out
+    run = "voc_detection-moco_v2-table3-K-16-seed3"
+    kept = json.loads((fake / f"results/textures/runs/{run}.json").read_text())
+    assert kept["features"] == {"detection": {"AP": 41.5, "AP50": 70., "AP75": 40.}}
+    assert [command.split()[1] for command in kept["commands"]] == ["moco_v2.py", "-m"]
+    picture = (fake / "results/textures/detection.png").read_text()
+    assert "many" in rows[-1] and picture.endswith("voc_detection-moco_v2-table1-seed3")
+    assert call("detection", "--rows", *rows, "--seeds", "3") == 0
+    assert "2 of 2 runs are there already" in capsys.readouterr().out
 
 
 def test_bad_flags_get_one_line(fake):

@@ -140,11 +140,10 @@ def test_hard_negatives_under_torchrun_run_to_their_end_are_saved_and_resume(sma
 
 BRIEF = ("--arch", "resnet10", "--batch-size", "8", "--epochs", "3")
 OTHERS = {"simclr": (simclr, *BRIEF), "chunk": (simclr, *BRIEF, "--chunk", "4"),
-          "instdisc": (instdisc, *BRIEF, "--bn-group", "4", "--K", "20"),
-          "hard": (moco_v2, *BRIEF, "--bn-group", "4", "--K", "20", "--negatives", "hard")}
+          "instdisc": (instdisc, *BRIEF, "--bn-group", "4", "--K", "20")}
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", ["simclr", "instdisc"])
 def test_other_methods_continue_where_they_stopped_and_are_probed(small, tmp_path, inside, kind):
     script, *argv = OTHERS[kind]
     inside(script, small, *argv, "--out", "whole", cwd=tmp_path)
@@ -160,10 +159,6 @@ def test_other_methods_continue_where_they_stopped_and_are_probed(small, tmp_pat
     if kind == "instdisc":
         assert {"bank_knn", "knn"} <= entries(tmp_path / "out", "epoch")[0].keys()
         assert a["memory"].shape == (44, 128) and a["Z"] > 0
-    if kind == "hard":
-        inside(figure5, "out/checkpoint.pt", small, cwd=tmp_path)
-        with Image.open(tmp_path / "out/figure5.png") as picture:
-            assert picture.size[0] > 1000 and len(np.unique(np.asarray(picture))) > 50
 
 
 @pytest.mark.parametrize("kind", ["chunk", "instdisc"])
