@@ -4,6 +4,7 @@ import argparse
 import errno
 import functools
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -246,6 +247,9 @@ def _explain(error, less_memory):
     if "DataLoader worker" in text:
         return ("a process that reads images was killed, probably for lack of memory: use "
                 f"{less_memory}")
+    if isinstance(error, BrokenPipeError):                      # as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # for what is not written yet
+        return "the program that read the output has ended"
     if isinstance(error, OSError) and error.errno in full:
         return (f"{error.filename or 'a file'}: cannot be written ({error.strerror}): free some "
                 "space and run the same command again")

@@ -9,10 +9,10 @@ decides it; the kinds of claims are
     collapse      half of the gain over the untrained network, or more, is lost
 
 MARGIN is 1 point of top-1 (of AP for detection), twice the standard deviation that a good cell has
-over seeds: a smaller difference would not change what a reader does. A verdict needs two seeds in every cell, and is
-wrong in about 5 % of the cases in which there is no difference. The last column says which verdicts
-remain after Holm's correction for the number of claims, the paper's and ours apart. Probes of one
-encoder are compared in pairs.
+over seeds: a smaller difference would not change what a reader does. A verdict needs two seeds in
+every cell, and is wrong in about 5 % of the cases in which there is no difference. The last column
+says which verdicts remain after Holm's correction for the number of claims, the paper's and ours
+apart. Probes of one encoder are compared in pairs.
 
 These rules and claims were written on 2026-11-27 (the two on detection later on that day), before
 the runs that they judge: those with seeds from 10 on. Runs with other seeds are not used for
@@ -176,7 +176,8 @@ class Place:
             return None
         if claim.kind == "collapse":
             baseline, cell = samples.values()
-            return verdicts.collapse(baseline, self.found[UNTRAINED], cell, self.priors.get("class"))
+            untrained, prior = self.found[UNTRAINED], self.priors.get("class")
+            return verdicts.collapse(baseline, untrained, cell, prior)
         if not all(samples.values()):
             return verdicts.judge(claim.kind, [[1., -1.]], [[], []])
         if self.of_one_encoder(every[0]):

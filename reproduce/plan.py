@@ -308,11 +308,12 @@ def commands(name, script, flags, place):
     python = ["torchrun", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else ["python"]
     if script == "voc_detection":
         name, (script, *flags), out = name.removeprefix("voc_detection-"), flags, place.out(name)
-        first, encoder = commands(name, script, flags, place)[:1], f"{place.out(name)}/checkpoint.pt"
-        if "random" in flags:
-            first, encoder = [], "random"
-        return [*first, [*python, "-m", "reproduce.voc_detection", *place.voc, "--encoder", encoder,
-                         "--seed", flags[-1], "--out", out]]
+        training, encoder = [], "random"
+        if "random" not in flags:
+            training = commands(name, script, flags, place)[:1]
+            encoder = f"{place.out(name)}/checkpoint.pt"
+        return [*training, [*python, "-m", "reproduce.voc_detection", *place.voc, "--encoder",
+                            encoder, "--seed", flags[-1], "--out", out]]
     command = [*python, f"{script}.py", *place.data, *flags, "--out", place.out(name)]
     if "--train" in flags:
         return [command]

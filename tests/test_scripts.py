@@ -298,6 +298,17 @@ def test_a_message_reaches_the_user_without_a_traceback(tmp_path):
         "moco_v2.py: argument --K: 0: expected a whole number, 1 or more\n")
 
 
+def test_output_that_nobody_reads_any_more_gets_one_line():
+    """As in `python -m reproduce all --dry-run | head`."""
+    code = "import sys; from reproduce import __main__ as r; r.train.launch(r.main, sys.argv[1:])"
+    job = subprocess.Popen([sys.executable, "-uc", code, "all", "--dry-run"], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert job.stdout.readline().startswith("# scale imagenet")
+    job.stdout.close()
+    assert job.stderr.read() == "the program that read the output has ended\n"
+    assert job.wait() == 1
+
+
 # The documented commands
 
 SCRIPTS = (moco_v2, simclr, instdisc, linear_probe, dip_inversion, tsne_aug)
