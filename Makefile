@@ -1,5 +1,5 @@
-# make demo: train MoCo v2 on the embedded textures, probe it, and plot its curves. This takes about
-#            110 s on two cores after the installation.
+# make demo: train MoCo v2 on the built-in textures, probe it, and plot its curves. This takes about
+#            three minutes on two cores after the installation.
 # make test: run the test suite.
 # Both first create a virtual environment with PyTorch's usual build (several GB).
 PYTHON ?= python3

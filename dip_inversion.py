@@ -4,7 +4,7 @@ For an image x and an encoder f, a network R is trained to turn fixed noise into
 whose features are those of x. R is a Deep Image Prior (Ulyanov et al. 2018): it favours images that
 look natural, so x_rec shows what the features have kept of x.
 
-    python dip_inversion.py                     # a laptop: embedded images, three minutes
+    python dip_inversion.py                     # a laptop: built-in images, three minutes
     python dip_inversion.py IMAGENET            # encoders: Table 1, with and without head (a)
     python dip_inversion.py --no-head moco_v1.pth.tar --head moco_v2.pth.tar --images PHOTO PHOTO
 
@@ -229,7 +229,7 @@ def read_encoder(path, flag, scale, preset, hidden):
 def flags():
     parser = train.Parser("dip_inversion.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("data", nargs="?", metavar="DATA", help="folder of images (default: the embedded textures)")
+    add("data", nargs="?", metavar="DATA", help="folder of images (default: the built-in textures)")
     add("--no-head", metavar="FILE", help="encoder without MLP head (default: run of table1a)")
     add("--head", metavar="FILE", help="encoder with MLP head (default: run of table1)")
     add("--images", nargs="+", metavar="FILE", help="image files instead of four of DATA's")

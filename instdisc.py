@@ -5,7 +5,7 @@ slot, its positive, and with K slots drawn anew for each image, its negatives (W
 view, one encoder, no queue.
 
     torchrun --nproc_per_node=8 instdisc.py IMAGENET --preset figure4 --K 4096
-    python instdisc.py                                  # a laptop: embedded images, three minutes
+    python instdisc.py                                  # a laptop: built-in images, three minutes
     python instdisc.py DATA --loss infonce              # Eq. (1) instead of NCE
 
 x (N, 3, H, W): one view of N images. z = g(f(x)) (N, D); v (N, D) is z at unit length. memory

@@ -104,7 +104,7 @@ def rotate(x, turns):
 # The variants of each image, which are to be told apart; None is the image itself.
 VARIANTS = {"rotation": (None, *(functools.partial(rotate, turns=k) for k in (1, 2, 3))),
             "grey": (None, grey), "noise": (None, noise), "sobel": (None, sobel)}
-MOST = 5000                                     # images at most on either side of a prediction
+MOST = 5000                                     # training images, and test images, at most
 
 
 def hues(images, **options):
@@ -124,19 +124,19 @@ def split(dataset, seed):
     return [part.take(rng.permutation(len(part))[:MOST]) for part in (train, test)]
 
 
-def examples(what, feature, encoder, images, h, options):
-    """Features (n, D) and labels (n,) for a prediction; h of all variants is kept in the dict h."""
+def examples(what, feature, encoder, images, cache, options):
+    """Features (n, D) and labels (n,) for a prediction. `cache` {change: h} is filled here."""
     changes = VARIANTS.get(what, [None])
     for change in changes:
-        if change not in h:
-            h[change] = evaluate.features(encoder, images, change=change, **options)
+        if change not in cache:
+            cache[change] = evaluate.features(encoder, images, change=change, **options)
     labels = torch.arange(len(changes)).repeat_interleave(len(images))
     if what == "class":
         labels = images.labels
     if what == "hue":
         labels = hues(images, **{name: options[name] for name in ("size", "device", "workers")})
     with torch.no_grad():
-        return encoder.project(torch.cat([h[change] for change in changes]), feature), labels
+        return encoder.project(torch.cat([cache[change] for change in changes]), feature), labels
 
 
 def answer(what, feature, encoder, sides, options, seed):
@@ -187,7 +187,7 @@ SUPERVISED = {
 STRONG = dict(stack="moco_v2", crop=(.2, 1.))
 PRESETS = {
     "probe": {},
-    "supervised": {},                                   # this and all others need --train all
+    "supervised": {},                                   # this and all below need --train all
     "supervised-mlp": dict(head="mlp"),
     "table2a-baseline": dict(STRONG),
     "table2a-medium": dict(STRONG, crop=(.2, .5)),
@@ -277,6 +277,7 @@ def quick(args):
         encoder.eval().to(device, memory_format=torch.channels_last)
         options = dict(normalisation=settings["normalisation"], size=settings["size"],
                        device=device, workers=args.workers, precision=args.precision or "fp32")
+        # Training and test images, each with the cache of its features.
         whole = [(part, {}) for part in (dataset.train, dataset.test)]
         parts = [(part, {}) for part in sampled]
         for feature in args.feature:

@@ -5,11 +5,11 @@ images. The keys come from a momentum encoder, a slowly moving average of the qu
 al. 2020; Chen et al. 2020c).
 
     torchrun --nproc_per_node=8 moco_v2.py IMAGENET     # Table 1, first row: ResNet-50, 100 epochs
-    python moco_v2.py                                   # a laptop: embedded images, two minutes
+    python moco_v2.py                                   # a laptop: built-in images, two minutes
     python moco_v2.py DATA --preset table3a --K 512     # one cell of Table 3; K is its column
     (with torchrun, write --momentum for --m, which torchrun takes for a flag of its own)
 
-The first row of Table 1 takes 53 hours on 8 V100 for 200 epochs, as FAIR reports for its code.
+FAIR reports 53 hours on 8 V100 for 200 epochs of its code; the rows of Table 1 have 100 epochs.
 
 x1, x2 (N, 3, H, W): two views of N images. h = f(x) (N, width). z = g(h) (N, D). q, k (N, D): z of
 the query and the momentum encoder at unit length. queue (K, D). W processes of N images each;
@@ -47,7 +47,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, x2, permutation):
-        """k (W N, D) of all images in their order; x2 (N, 3, H, W) is in that of `shuffle`."""
+        """k (W N, D) of all images, in order; x2 (N, 3, H, W) is in the order that `shuffle` gives."""
         k = unit(self.embed_k(x2))                              # (N, D)
         return ddp.all_gather(k)[permutation.argsort()]
 
@@ -90,7 +90,7 @@ def train_step(moco, optimizer, x1, x2, permutation, step, ranks=None):
     x1 (N, 3, H, W) are first views; x2 (N, 3, H, W) are second views after `shuffle`. `ranks`
     (N, K): which negatives to use, by their similarity to the query; default: all, once.
     The released code updates the momentum encoder before it computes the keys. Doing it after the
-    optimizer step gives the same keys, because the first update changes nothing.
+    optimizer step gives the same keys, because both encoders are equal before the first step.
     """
     q = unit(moco.embed_q(x1))                                  # (N, D)
     k = moco.encode_keys(x2, permutation)                       # (W N, D)
@@ -108,12 +108,12 @@ def train_step(moco, optimizer, x1, x2, permutation, step, ranks=None):
 
 
 def rank_distribution(negatives, K, skew, scale):
-    """Distribution function (K,) of the ranks of sampled negatives (Sec. 5, Figure 5).
+    """Cumulative distribution (K,) of the ranks of sampled negatives (Sec. 5, Figure 5).
 
     Rank 0 is the key most similar to the query. `hard`: a skew-normal distribution of shape `skew`
     and scale `scale` K, truncated to the queue: mostly hard and semi-hard keys. `hardest`: uniform
     over the most similar tenth. `random`: uniform. `queue`: None, nothing is sampled. The paper
-    gives no parameters; 4 and 1/4 are our choice. Raises UserError if nothing is left of it.
+    gives no parameters; 4 and 1/4 are our choice. Raises UserError if almost nothing of it lies in the queue.
     """
     edges = np.arange(K + 1)
     if negatives == "queue":

@@ -5,7 +5,7 @@ the other images are its negatives (Chen et al. 2020a): K = 2 (M - 1) for M imag
 moco_v2.py, but without queue and momentum encoder: few negatives means a small batch.
 
     torchrun --nproc_per_node=8 simclr.py IMAGENET --preset figure4 --batch-size 2048   # K = 4094
-    python simclr.py                                    # a laptop: embedded images, two minutes
+    python simclr.py                                    # a laptop: built-in images, two minutes
     python simclr.py DATA --batch-size 32768 --chunk 512        # K = 65534, memory of 512 images
 
 x1, x2 (N, 3, H, W): two views of N images; W processes have M = W N. h = f(x) (N, width). z = g(h)

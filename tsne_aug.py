@@ -5,7 +5,7 @@ Maps by t-SNE (van der Maaten & Hinton 2008) of the logits of a supervised model
 beside the maps say how well the classes are separated, in the logits and in the map. --compare adds
 what the paper says does not suffer: h of a contrastive model, by class and by instance.
 
-    python tsne_aug.py                                  # a laptop: embedded images, a minute
+    python tsne_aug.py                                  # a laptop: built-in images, a minute
     python tsne_aug.py IMAGENET --encoder torchvision   # Figure 3; downloads the weights
     python tsne_aug.py DATA --encoder FILE --compare FILE
 
@@ -177,7 +177,7 @@ def features(model, feature, images, augmentation, seed, device):
 def flags():
     parser = train.Parser("tsne_aug.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("data", nargs="?", metavar="DATA", help="class folders (default: the embedded textures)")
+    add("data", nargs="?", metavar="DATA", help="class folders (default: the built-in textures)")
     add("--encoder", metavar="FILE", help="supervised model: a run of linear_probe.py --train all "
         "(default), torchvision's weights, or `torchvision`, which downloads them")
     add("--compare", metavar="FILE", help="a contrastive model, of which h is shown too")

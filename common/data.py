@@ -1,6 +1,6 @@
 """What a folder of images holds, and batches of random crops.
 
-Without a folder: the embedded textures. With one: class folders under train/ and val/ or test/, the
+Without a folder: the built-in textures. With one: class folders under train/ and val/ or test/, the
 CIFAR-10 batches of torchvision, or images without classes, for pre-training only. Small images are
 decoded once and kept in memory. For larger ones, a worker decodes a file once for all its views and
 returns uint8 crops. What follows the crop is in augment.py.
@@ -58,7 +58,7 @@ class Data:
 
 
 def open_data(path=None):
-    """Recognise and print what the folder `path` holds; None stands for the embedded textures.
+    """Recognise and print what the folder `path` holds; None stands for the built-in textures.
 
     Raises UserError, which says what was expected, if it is not a folder of images.
     """
@@ -80,7 +80,7 @@ def _open(path):
     if path is None:
         splits = [Images(torch.from_numpy(labels), torch.from_numpy(pixels))
                   for pixels, labels in (textures.draw(10_000, seed=0), textures.draw(2_000, 1))]
-        return Data(None, "embedded textures, 10000 + 2000 images of 32 pixels, 10 classes",
+        return Data(None, "built-in textures, 10000 + 2000 images of 32 pixels, 10 classes",
                     "textures", *splits, list(textures.CLASSES))
     root = Path(path).expanduser().resolve()
     if not root.is_dir():

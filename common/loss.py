@@ -1,4 +1,6 @@
-"""Eq. (1), InfoNCE. InstDisc, MoCo and SimCLR share it and differ in their negatives (Sec. 5)."""
+"""Eq. (1), InfoNCE. MoCo and SimCLR share it and differ in their negatives (Sec. 5); InstDisc uses it
+with `--loss infonce`.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,9 @@ def unit(z):
 def info_nce(positive, negatives, temperature):
     """InfoNCE, Eq. (1): the mean over rows of -log(exp(p/t) / (exp(p/t) + sum_i exp(n_i/t))).
 
-    `positive` (N,) holds sim(z1, z2). `negatives` (N, K) holds sim(z1, g(f(x_i^-))); entries of
-    -inf are ignored. Computed in float32 or higher. If all similarities are equal, the loss is
-    log(1 + K).
+    `positive` p (N,) holds the dot products of unit-length z1 and z2, `negatives` n (N, K) those of
+    z1 and g_phi(f_phi(x_i^-)); entries of -inf are ignored. sim of Eq. (1) is their quotient by the
+    temperature t. Computed in float32 or higher. If all are equal, the loss is log(1 + K).
     """
     positive, negatives = precise(positive) / temperature, precise(negatives) / temperature
     return (torch.logaddexp(positive, negatives.logsumexp(1)) - positive).mean()

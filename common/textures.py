@@ -1,4 +1,4 @@
-"""Embedded images: ten classes of drawn patterns, so that every script runs without a download.
+"""Built-in images: ten classes of drawn patterns, so that every script runs without a download.
 
 Classes differ in their pattern. Images of a class differ in angle, period, phase, distortion,
 contrast and colour. Each image has two colours: a grey level and a chroma of random hue and

@@ -53,7 +53,7 @@ def parser(script, description, presets):
     flags = Parser(f"{script}.py", description=description.split("\n")[0])
     add = flags.add_argument
     add("data", nargs="?", metavar="DATA",
-        help="folder of images (default: the embedded textures)")
+        help="folder of images (default: the built-in textures)")
     add("--preset", default=next(iter(presets)), choices=presets, metavar="ROW",
         help=f"row of a table of the paper: {', '.join(presets)}")
     add("--out", metavar="DIR",

@@ -1,6 +1,6 @@
 """Runs any table or figure of the paper with one command, beside the paper's numbers.
 
-    python -m reproduce table1                          # on the embedded textures
+    python -m reproduce table1                          # on the built-in textures
     python -m reproduce table3 CIFAR10 --seeds 0 1 --jobs 2
     python -m reproduce all --dry-run                   # the commands, at all three scales
     python -m reproduce table1 CIFAR10 --scale cifar10-laptop
@@ -35,7 +35,7 @@ def parse(argv):
     parser = train.Parser("python -m reproduce", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("item", choices=(*plan.ROWS, "claims", "all"))
-    add("data", nargs="?", metavar="DATA", help="folder of images (default: embedded textures)")
+    add("data", nargs="?", metavar="DATA", help="folder of images (default: built-in textures)")
     add("--scale", choices=plan.NAMED, help="settings of this package for DATA")
     add("--rows", nargs="+", metavar="ROW", help="only these rows of the item")
     add("--seeds", type=train.NATURAL, nargs="+", default=[0], metavar="n")

@@ -98,7 +98,7 @@ def flags():
     parser = train.Parser("python -m reproduce.figure5", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("data", nargs="?", metavar="DATA",
-                        help="folder of images (default: embedded textures)")
+                        help="folder of images (default: built-in textures)")
     parser.add_argument("--out", metavar="DIR", help="default: the folder of the checkpoint")
     return parser
 

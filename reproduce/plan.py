@@ -103,7 +103,7 @@ ROWS = {
     "detection": {                                              # row: the encoder
         "untrained": ("linear_probe --encoder random --quick",),
         "supervised": ("linear_probe --train all",),
-        "MoCo v2, few negatives": ("moco_v2 --preset table3",),     # those of Table 3
+        "MoCo v2, few negatives": ("moco_v2 --preset table3",),
         "MoCo v2, many negatives": ("moco_v2 --preset table3",),
     },
     "figure4": {
@@ -123,6 +123,8 @@ ROWS = {
                 "--compare": ("moco_v2 --preset table1",)},
     "figure5": {"": ("moco_v2 --preset table3 --negatives hard",)},
 }
+# Which K of Table 3 these encoders have.
+DETECTION_ROWS = {"MoCo v2, few negatives": 0, "MoCo v2, many negatives": -1}
 PICTURES = {"figure2": "dip_inversion.py", "figure3": "tsne_aug.py",
             "figure5": "-m reproduce.figure5"}
 TABLES = [item for item in ROWS if item not in PICTURES]
@@ -235,8 +237,8 @@ def cells(scale):
                     script, flags = "linear_probe", ["--train", "all", *flags]
                 if column.startswith("K = "):
                     flags += size(script, int(column[4:]))
-                if row.endswith(" negatives") and item == "detection":
-                    flags += size(script, TABLE3_K[scale]["many" in row])
+                if row in DETECTION_ROWS:
+                    flags += size(script, TABLE3_K[scale][DETECTION_ROWS[row]])
                 if column.endswith(" epochs"):
                     flags += ["--epochs", column.split()[0]]
                 words = [flag.lstrip("-") for flag in flags
@@ -248,7 +250,8 @@ def cells(scale):
                     feature, question = row.split(", ")[-1], column
                 if item == "detection":
                     feature, question = "detection", column
-                    run = f"voc_detection-{run[0]}", "voc_detection", list(run[1:2]) + run[2]
+                    name, script, flags = run
+                    run = f"voc_detection-{name}", "voc_detection", [script, *flags]
                 found[item, row, column] = Cell(*run, paper, feature, question)
     return found
 
