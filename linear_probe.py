@@ -248,9 +248,17 @@ def read_encoders(args):
     names = args.encoder or [newest_checkpoint()]
     found = {name: load_encoder(name) for name in names if name != "random"}
     saved = next((found[name][1] for name in reversed(names) if name in found), {})
-    labelled = not args.predict or "class" in args.predict
-    dataset = (data.open_labelled if labelled else data.open_data)(args.data or saved.get("data"))
+    path, advice = args.data or saved.get("data"), ""
+    if args.quick:
+        advice = "; `--predict rotation grey hue noise` needs none"
+    if not args.predict or "class" in args.predict:
+        dataset = data.open_labelled(path, advice)
+    else:
+        dataset = data.open_data(path)
     scale = SCALES[dataset.scale]
+    for name, (_, settings) in found.items():
+        if args.arch not in (None, settings["arch"]):
+            raise UserError(f"--encoder {name}: is a {settings['arch']}, not --arch {args.arch}")
     if "random" in names:
         arch = args.arch or saved.get("arch") or scale["arch"]
         found["random"] = load_encoder("random", arch, args.seed)
@@ -283,7 +291,8 @@ def quick(args):
         for feature in args.feature:
             found = {what: answer(what, feature, encoder, whole if what == "class" else parts,
                                   options, args.seed) for what in asked}
-            say_row(found, "top1", f"{name}, {feature}")
+            row = f"random ({settings['arch']})" if name == "random" else name
+            say_row(found, "top1", f"{row}, {feature}")
             out = Path(name).parent / "probe" if Path(name).is_file() else args.out
             if out and ddp.rank() == 0:
                 path = Path(out) / f"quick-{feature}.json"
@@ -293,7 +302,7 @@ def quick(args):
                      "seed": args.seed, **found.get("class", {}), "predictions": found,
                      **machine(device)}, indent=1))
     say_row(found, "guess", "(a constant guess)")
-    ddp.say(f"top-1 {found[asked[0]]['top1']:.2f} %")
+    ddp.say(f"top-1 {found[asked[0]]['top1']:.2f} %: {asked[0]}, {row}, {feature}")
     ddp.close()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import ddp
+from common import UserError, ddp
 
 # Channel means and standard deviations of images in [0, 1].
 NORMALISE = {"imagenet": ((.485, .456, .406), (.229, .224, .225)),
@@ -183,6 +183,8 @@ class Augment(nn.Module):
     def __init__(self, stack, jitter=jitter_strength(.5), blur=True, normalisation="imagenet",
                  seed=0):
         super().__init__()
+        if normalisation not in NORMALISE:
+            raise UserError(f"normalisation {normalisation}: expected one of {', '.join(NORMALISE)}")
         self.operations = dict(STACKS[stack])
         if not blur:
             self.operations.pop("blur", None)
@@ -256,7 +258,12 @@ class Augment(nn.Module):
         return torch.cat(out)
 
     def transform(self, x, draw):
-        """One view (n, 3, H, W) uint8 with its own parameters {name: tensor} -> float32."""
+        """One view (n, 3, H, W) uint8 with its own parameters {name: tensor} -> float32.
+
+        Raises UserError for other types, e.g. images that have been divided by 255 already.
+        """
+        if x.dtype != torch.uint8:
+            raise UserError(f"images of type {x.dtype}: expected torch.uint8, 0 to 255")
         x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         for name in self.operations:
             if name == "jitter":

@@ -8,6 +8,7 @@ returns uint8 crops. What follows the crop is in augment.py.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 import sys
@@ -47,7 +48,11 @@ class Images:
 
 @dataclasses.dataclass
 class Data:
-    """What a path holds. Without labels, `test` and `classes` are None."""
+    """What a path holds. Without labels, `test` and `classes` are None.
+
+    `hash` is that of the training files' names and of some of their sizes: a run is not continued
+    with other images.
+    """
 
     path: str
     description: str
@@ -55,6 +60,7 @@ class Data:
     train: Images
     test: Images = None
     classes: list = None
+    hash: str = ""
 
 
 def open_data(path=None):
@@ -67,12 +73,12 @@ def open_data(path=None):
     return dataset
 
 
-def open_labelled(path=None):
-    """Like `open_data`. Raises UserError if there are no labels or no test images."""
+def open_labelled(path=None, advice=""):
+    """Like `open_data`. Raises UserError, with `advice`, without labels or test images."""
     dataset = open_data(path)
     if dataset.test is None:
         raise UserError(f"{path}: labels are needed; expected train/<class>/ and val/<class>/ or "
-                        "test/<class>/")
+                        f"test/<class>/{advice}")
     return dataset
 
 
@@ -140,8 +146,10 @@ def _read_files(root, what, splits, classes=None):
         images.append(Images(torch.tensor(labels) if classes else None,
                              files=np.array([os.fsencode(name) for name in files])))
     files, sizes = images[0].files, []
+    digest = hashlib.sha256(b"\n".join(os.path.relpath(name, os.fsencode(root)) for name in files))
     for i in np.linspace(0, len(files) - 1, min(len(files), 32)).astype(int):
         try:
+            digest.update(f" {os.path.getsize(files[i])}".encode())
             sizes.append(tuple(read_image(files[i]).shape[1:]))
         except Exception as caught:             # PIL raises many kinds of errors
             error = f"{os.fsdecode(files[i])}: {caught}"
@@ -154,7 +162,7 @@ def _read_files(root, what, splits, classes=None):
     count = " + ".join(str(len(split)) for split in images)
     return Data(str(root), f"{what}, {count} images of about {width} x {height} pixels",
                 "cifar10" if small else "imagenet", *images,
-                classes=classes if len(images) == 2 else None)
+                classes=classes if len(images) == 2 else None, hash=digest.hexdigest()[:12])
 
 
 def read_image(name):
@@ -185,7 +193,7 @@ def _read(files, make, tasks, workers, pin=False):
     """Yield, for each task, the indices that were read and what `make` returns for them.
 
     A task is a list of keys of `_Files`. An unreadable file is named when it is first replaced.
-    Raises UserError if more than MAX_BROKEN are unreadable.
+    Raises UserError if more than one file and more than MAX_BROKEN are unreadable.
     """
     tasks, requested = itertools.tee(tasks)
     loader = DataLoader(_Files(files, make), batch_sampler=tasks, num_workers=workers,
@@ -194,15 +202,20 @@ def _read(files, make, tasks, workers, pin=False):
     replaced = set()
     for task, (read, x) in zip(requested, loader):
         for (i, _), j in zip(task, read.tolist()):
-            if i != j and i not in replaced:
+            if i != j:
                 replaced.add(i)
-                print(f"unreadable image {os.fsdecode(files[i])}, replaced by "
-                      f"{os.fsdecode(files[j])}", file=sys.stderr)
-        if len(replaced) > MAX_BROKEN * len(files):
+                _report(files[i], files[j])
+        if len(replaced) > max(1, MAX_BROKEN * len(files)):
             raise UserError(f"{len(replaced)} of {len(files)} images cannot be read, more than "
                             f"{MAX_BROKEN:.0%}; the first is {os.fsdecode(files[min(replaced)])}; "
                             "remove or repair them")
         yield read, x
+
+
+@functools.cache                                # once in a process
+def _report(broken, replacement):
+    print(f"unreadable image {os.fsdecode(broken)}, replaced by {os.fsdecode(replacement)}",
+          file=sys.stderr)
 
 
 class _Files(Dataset):

@@ -165,6 +165,8 @@ def head(kind, width, dim=128):
     `identity`: no layer at all, h itself is contrasted. Every row keeps the last layer, which maps
     to `dim`; the g of the paper's text is what precedes it (docs/choices.md).
     """
+    if kind not in HEADS:
+        raise UserError(f"head {kind}: expected one of {', '.join(HEADS)}")
     if kind == "identity":
         return nn.Identity()
     hidden = {"none": [], "deep": [width, width], "narrow": [width // 16]}.get(kind, [width])

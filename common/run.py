@@ -107,6 +107,8 @@ class Run:
             signal.signal(number, self._request_stop)
 
     def _request_stop(self, number, frame):
+        if ddp.rank() == 0 and not self.stop_requested:
+            os.write(2, b"stopping after this step\n")          # print is not safe in a handler
         self.stop_requested = True
 
     def _restore(self):
@@ -142,7 +144,7 @@ class Run:
                 ddp.say(f"note: {self.out} has a log but no checkpoint; the run starts anew")
             return None
         different = differences(saved["settings"], self.settings)
-        if not 0 <= saved["step"] <= self.total:
+        if not different and not 0 <= saved["step"] <= self.total:
             different = f"step {saved['step']} there, {self.total} in all here"
         if different:
             raise UserError(f"--out {self.out}: holds a run with other settings ({different}); "
@@ -263,7 +265,10 @@ class Run:
         panels = [name for name in self.panels if any(name in entry for entry in entries)]
         rows = -(-len(panels) // 3)
         figure = Figure(figsize=(12, 3.4 * rows), layout="constrained")
-        for axis, name in zip(figure.subplots(rows, 3, squeeze=False).flat, panels):
+        axes = figure.subplots(rows, 3, squeeze=False).flat
+        for axis in axes[len(panels):]:
+            axis.axis("off")
+        for axis, name in zip(axes, panels):
             points = [(e["step"], e[name]) for e in entries if name in e]
             axis.plot(*np.reshape(points, (-1, 2)).T, "o-", markersize=2)
             if points and points[0][0] == 0:

@@ -120,7 +120,8 @@ def begin(flags, argv, scales, presets):
     first = flags.parse_args(argv)              # reports wrong flags before anything is opened
     device, dataset = ddp.init(first.device), data.open_data(first.data)
     args = settings(flags, argv, dataset.scale, scales, presets)
-    args.images = len(dataset.train)            # a setting: with other images it is another run
+    # Settings: with other images it is another run.
+    args.images, args.images_hash = len(dataset.train), dataset.hash
     return args, dataset, device
 
 

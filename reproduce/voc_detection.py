@@ -349,7 +349,7 @@ def draw(path, split, found, classes, name, n=6):
     """
     from matplotlib.figure import Figure                        # slow to import
     from matplotlib.patches import Rectangle
-    figure, objects = Figure(figsize=(9, 6.4), layout="constrained"), split.rows()
+    figure, objects = Figure(figsize=(7.2, 5.4), layout="constrained"), split.rows()
 
     def outline(axis, box, **style):
         xmin, ymin, xmax, ymax = box            # pixels from 1; matplotlib counts centres from 0
@@ -368,7 +368,8 @@ def draw(path, split, found, classes, name, n=6):
                       clip_on=True, bbox=dict(facecolor="yellow", edgecolor="none", pad=1))
     for axis in figure.axes:
         axis.axis("off")
-    figure.suptitle(f"{name}: detections with a score of .5 or more (yellow), objects (dashed)")
+    figure.suptitle(f"{name}\ndetections with a score of .5 or more (yellow), objects (dashed)",
+                    fontsize=10)
     figure.savefig(path, dpi=75)
 
 

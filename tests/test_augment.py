@@ -10,7 +10,8 @@ from PIL import Image
 from scipy.stats import kstest
 from torchvision.transforms import RandomResizedCrop
 
-from common import augment
+from common import UserError, augment
+from common.model import head
 
 GREY_LEVELS = 1.2                                               # of 255
 
@@ -203,6 +204,16 @@ def test_augmenting_shuffled_images_is_shuffling_augmented_ones(photos):
     whole = module(photos[None], 5)[0]
     draws = module.draw(5, 8, rows=[order.numpy()])
     torch.testing.assert_close(module.apply([photos[order]], draws)[0], whole[order])
+
+
+def test_what_is_no_image_and_unknown_names_are_refused(photos):
+    """Images that have been divided by 255 already would all become nearly black."""
+    with pytest.raises(UserError, match="images of type torch.float32: expected torch.uint8"):
+        augment.Augment("moco_v2")(photos[None] / 255, 0)
+    with pytest.raises(UserError, match="normalisation mean: expected one of imagenet, "):
+        augment.Augment("moco_v2", normalisation="mean")
+    with pytest.raises(UserError, match="head foo: expected one of mlp, "):
+        head("foo", 512)
 
 
 def test_streams_of_different_purpose_or_key_differ():

@@ -340,7 +340,7 @@ def test_images_may_move_but_not_change_in_number(small, tmp_path, inside):
     out = inside(moco_v2, moved, *TINY, "--max-steps", 2, cwd=tmp_path)
     assert "continuing at step 1 of 15 in out" in out
     next((moved / "train/cat").iterdir()).unlink()
-    assert "(images 44 there, 43 here)" in refused(moco_v2, moved, *TINY)
+    assert "(images 44 there, 43 here; images_hash " in refused(moco_v2, moved, *TINY)
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path, long):
@@ -549,6 +549,12 @@ def test_a_checkpoint_of_another_run_is_refused(small, tmp_path, inside):
         kept = path.read_bytes()
         assert message in refused(moco_v2, small, *TINY)
         assert path.read_bytes() == kept
+    torch.save(saved, path)
+    other = write_folder(tmp_path / "other", 22, (32, 32))      # as many images, the same names
+    (other / "train/cat/0.jpg").write_bytes((other / "train/dog/0.jpg").read_bytes())
+    assert re.search(r"\(images_hash \w+ there, \w+ here\)", refused(moco_v2, other, *TINY))
+    torch.save({**saved, "step": 99}, path)
+    assert "(epochs 3 there, 4 here)" in refused(moco_v2, small, *TINY, "--epochs", "4")
     for content in ({"f": 1, "g": 2, "settings": {}}, {"state_dict": 3},
                     {"settings": 3, "f": {}, "g": {}}, {1: torch.ones(1)}):
         torch.save(content, "stranger.pt")

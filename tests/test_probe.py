@@ -324,10 +324,11 @@ def test_predictions_work_without_labels_and_make_a_table(made, inside, tmp_path
                  "moco/checkpoint.pt", "--feature", "h", "hidden", "--predict", "rotation", "hue",
                  cwd=made).splitlines()
     assert out[-7].split() == ["rotation", "hue", "encoder"]
-    assert [line.split()[2:] for line in out[-6:-2]] == [
-        [f"{name},", feature] for name in ("random", "moco/checkpoint.pt")
-        for feature in ("h", "hidden")]
-    assert out[-2].split()[0] == "25.00" and out[-1] == f"top-1 {out[-3].split()[0]} %"
+    rows = [f"{name}, {feature}" for name in ("random (resnet10)", "moco/checkpoint.pt")
+            for feature in ("h", "hidden")]
+    assert [line.split(maxsplit=2)[2] for line in out[-6:-2]] == rows
+    assert out[-2].split()[0] == "25.00"
+    assert out[-1] == f"top-1 {out[-3].split()[0]} %: rotation, {rows[-1]}"
     found = json.loads((made / "moco/probe/quick-hidden.json").read_text())
     assert found["predictions"].keys() == {"rotation", "hue"} and "top1" not in found
     assert f"{found['predictions']['rotation']['top1']:.2f}" == out[-3].split()[0]

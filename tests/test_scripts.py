@@ -64,10 +64,10 @@ def test_from_images_to_accuracy_and_again(small, tmp_path, inside):
         moco_v2, small, *TINY, "--m", ".5")
     probe = run("linear_probe.py", "--quick", "--encoder", "random", "out/checkpoint.pt",
                 cwd=tmp_path).stdout.splitlines()
-    top1 = re.fullmatch(r"top-1 (\d+\.\d\d) %", probe[-1])
+    top1 = re.fullmatch(r"top-1 (\d+\.\d\d) %: class, out/checkpoint.pt, h", probe[-1])
     saved = json.loads((out / "probe/quick-h.json").read_text())
     assert top1 and abs(float(top1[1]) - saved["top1"]) < .006
-    assert "random, h" in probe[-4] and "out/checkpoint.pt, h" in probe[-3]
+    assert "random (resnet10), h" in probe[-4] and "out/checkpoint.pt, h" in probe[-3]
 
 
 def test_f_loads_into_a_plain_torchvision_resnet50(small, tmp_path, inside):
