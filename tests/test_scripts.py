@@ -374,15 +374,26 @@ def test_every_documented_make_target_exists():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_readmes_own_loop_trains():
-    """The code under "Borrowing the method", with fewer images."""
+def snippet(first_line):
+    """The code in the README that begins with this line."""
     text = (ROOT / "README.md").read_text()
-    code = re.search(r"\n\n(    import torch\n(?:    .*\n|\n)*)", text)[1]
-    code = "".join(line.removeprefix("    ") for line in code.splitlines(keepends=True))
+    code = re.search(rf"\n\n(    {first_line}\n(?:    .*\n|\n)*)", text)[1]
+    return "".join(line.removeprefix("    ") for line in code.splitlines(keepends=True))
+
+
+def test_the_readmes_own_loop_trains_and_its_encoder_is_read(tmp_path, monkeypatch, capsys):
+    """The code under "Borrowing the method", with fewer images, and "Using the encoder"."""
+    monkeypatch.chdir(tmp_path)
+    code, names = snippet("import torch"), {}
     assert "(1000, 3, 40, 40)" in code
-    names = {}
     exec(code.replace("(1000, 3", "(128, 3"), names)
     assert names["step"] == 4 and torch.isfinite(names["loss"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    names["x"] = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    exec(snippet("from common.augment import Augment"), names)
+    assert names["h"].shape == (5, 512)
+    again = names["f"].eval()(names["normalise"].transform(names["x"], {}))
+    assert torch.equal(names["h"], again)
 
 
 def test_help_is_quick_to_import():
