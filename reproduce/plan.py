@@ -14,7 +14,7 @@ from common import train
 ROOT = Path(__file__).parent.parent
 # The argument DATA in printed commands; the textures need none.
 PLACEHOLDER = {"imagenet": ["IMAGENET"], "cifar10": ["CIFAR10"], "textures": []}
-# Scales of this package: the kind of data, and the flags of each script.
+# Scales of this package: the kind of data, and the flags of each script (docs/choices.md).
 LAPTOP = "--arch resnet10 --epochs 10 --batch-size 64 --n-evals 2 --precision bf16"
 NAMED = {"cifar10-laptop": ("cifar10", {
     "moco_v2": f"{LAPTOP} --lr .02 --warmup 300",
