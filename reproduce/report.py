@@ -195,15 +195,18 @@ def was_run(item, place, found):
                for key, values in found.items() if key[0] == item)
 
 
+def judged(place):
+    """Lines of markdown with the verdicts on the claims; none if no run is judged."""
+    found = results(place, claims.FIRST_SEED)
+    return [*claims.table(found, place.scale), ""] if any(found.values()) else []
+
+
 def section(place):
     """Lines of markdown on a place; none if it holds neither runs nor pictures."""
     kept, found = kept_runs(place), results(place)
     lines = []
     if kept:
-        lines = [machines(kept), ""]
-        judged = results(place, claims.FIRST_SEED)
-        if any(judged.values()):
-            lines += [*claims.table(judged, place.scale), ""]
+        lines = [machines(kept), "", *judged(place)]
     for item, title in plan.TITLES.items():
         picture = place.folder / f"{item}.png"
         shown = [f"![{title}]({place.name}/{picture.name})", ""] if picture.exists() else []
@@ -231,10 +234,9 @@ def write(items, place):
     for item in items:
         if item in plan.TABLES and plan.columns(item, place.scale):
             print(plan.TITLES[item], *table(item, place, found), sep="\n")
-    judged = results(place, claims.FIRST_SEED)
-    if any(judged.values()):
-        lines = [f"# Claims, {place.name}", "", *claims.table(judged, place.scale)]
-        (place.folder / "claims.md").write_text("\n".join(lines) + "\n")
+    if lines := judged(place):
+        lines = [f"# Claims, {place.name}", "", *lines]
+        (place.folder / "claims.md").write_text("\n".join(lines))
     path = plan.ROOT / "results/README.md"
     path.write_text(page())
     print(f"written to {path}")
