@@ -239,8 +239,11 @@ def mixed_split():
 
 
 def step_and_test(path):
-    """Gradients, running statistics and detections, in float64, as a file of rank 0."""
-    args, split = arguments(batch_size=4), mixed_split()
+    """Gradients, running statistics and detections, in float64, as a file of rank 0.
+
+    More proposals are asked for than there are, so that processes have different numbers of them.
+    """
+    args, split = arguments(batch_size=4, roi_samples=64), mixed_split()
     network = detector(args, dtype=torch.float64)
     wrapped = ddp.wrap(network)
     sum(wrapped(*batch_of(split, args, dtype=torch.float64)).values()).backward()
@@ -305,10 +308,13 @@ def test_a_vocdevkit_is_read_as_it_is_written(tmp_path):
     dog, person = classes.index("dog") + 1, classes.index("person") + 1
     assert test.objects[1].tolist() == [[0, 0, 64, 45, dog, 0], [10, 20, 30, 50, person, 1]]
     assert test.rows()[2].tolist() == [1, person, 1, 11, 21, 30, 50]    # as in the file
-    (x, sizes, targets), = voc.load(test, [([(1, (90, 64), False)], slice(None))], stride=16,
-                                    normalisation="unit", device=CPU, workers=0)
+    views = [([(1, (90, 64), False)], slice(None))]
+    (x, sizes, targets), = voc.load(test, views, stride=16, normalisation="unit", device=CPU,
+                                    workers=0)
     assert x.shape == (1, 3, 96, 64) and torch.equal(x[:, 0], x[:, 2])  # grey
-    assert x[0, :, 90:].abs().max() == 0 and sizes == [(90, 64)]
+    assert sizes == [(90, 64)]
+    (x, _, _), = voc.load(test, views, stride=16, normalisation="imagenet", device=CPU, workers=0)
+    assert x[0, :, 90:].abs().max() == 0    # padded after it
     assert targets[0]["labels"].tolist() == [dog, person]
 
 
