@@ -217,31 +217,36 @@ def papers(claim, judge):
     return f"{sum(numbers[::2]) - sum(numbers[1::2]):+.1f}"
 
 
-def table(found, scale):
-    """Lines of markdown: all claims with the paper's difference, ours and the verdict.
+HEADER = ["| claim | section | the paper | ours | n | verdict | after Holm |",
+          "|---|---|---|---|---|---|---|"]
 
-    `found` as `report.results` returns it, of the runs with seeds from FIRST_SEED on.
+
+def table(found, scale):
+    """Lines of markdown: the claims with the paper's difference, ours and the verdict.
+
+    `found` as `report.results` returns it, of the runs with seeds from FIRST_SEED on. Claims whose
+    cells are not complete are named below; they count for Holm's correction, too.
     """
     judge, lines = Judge(found, scale), []
     for title, claims in (("Claims of the paper", PAPER), ("Claims of ours", OURS)):
-        lines += [f"### {title}", "",
-                  "| claim | section | the paper | ours | n | verdict | after Holm |",
-                  "|---|---|---|---|---|---|---|"]
         judged = {claim: judge.verdict(claim) for claim in claims}
         judged = {claim: verdict for claim, verdict in judged.items() if verdict}
         kept = verdicts.holm([verdict.p for verdict in judged.values()])
+        rows, missing = [], []
         for (claim, verdict), remains in zip(judged.items(), kept):
-            ours, text = "", verdict.verdict
-            if verdict.estimate is not None:
-                ours = f"{verdict.estimate:+.2f} ± {verdict.half:.2f}"
-            if verdict.seeds:
-                text += f"; {verdict.seeds} seeds"
+            if verdict.estimate is None:
+                missing.append(claim.text)
+                continue
+            text = verdict.verdict + (f"; {verdict.seeds} seeds" if verdict.seeds else "")
             decided = verdict.verdict in ("shown", "contradicted")
-            n = "/".join(str(count) for count in verdict.n) if ours else ""
-            lines.append(f"| {claim.text} | {claim.section} | {papers(claim, judge)} | {ours} | "
-                         f"{n} | {text} | {'yes' if remains and decided else ''} |")
+            n = "/".join(str(count) for count in verdict.n)
+            rows.append(f"| {claim.text} | {claim.section} | {papers(claim, judge)} | "
+                        f"{verdict.estimate:+.2f} ± {verdict.half:.2f} | {n} | {text} | "
+                        f"{'yes' if remains and decided else ''} |")
+        lines += [f"### {title}", "", *(HEADER + rows + [""] if rows else [])]
+        if missing:
+            lines += [f"Not run: {'; '.join(missing)}.", ""]
         if claims is PAPER:
-            lines += [f"| {claim} | {section} | | | | {remark} | |"
-                      for claim, section, remark in UNTESTED]
-        lines.append("")
+            remarks = "; ".join(f"{claim} ({remark})" for claim, _, remark in UNTESTED)
+            lines += [f"Without a test: {remarks}.", ""]
     return lines[:-1]

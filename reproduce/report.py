@@ -17,8 +17,10 @@ a batch of N = K / 2 images, at least 16.
 
 Verdicts on the claims follow from the rules in `reproduce/claims.py` and `reproduce/verdicts.py`,
 which were committed before the runs that they judge. Those have seeds from 10 on; runs with lower
-seeds are exploratory and only appear in the tables. "Not resolved; 12 seeds" means that about 12
-seeds per cell would decide the claim, if the difference is as estimated.
+seeds are exploratory and only appear in the tables. ± is half of
+the interval of a difference: of 95 %, and of 90 % where the claim is that there is none. "Not
+resolved; 12 seeds" means that about 12 seeds per cell would decide the claim, if the difference is
+as estimated.
 
 Sections 1 and 3 call the activation `hidden` z as well: it is as wide as h, and our z has 128
 dimensions. Of the predictions in Section 3, MoCo v2's augmentation changes colour only (`grey` and
@@ -187,12 +189,13 @@ def rows_run(item, found):
             if any(values for key, values in found.items() if key[:2] == (item, row))]
 
 
-def was_run(item, place, found):
-    """Whether an item has results other than those of the first row of Table 1."""
+def probed(item, place, found):
+    """{(run, feature, question)} of an item's results, without those of the first row of Table 1."""
     cells = plan.cells(place.scale)
-    baseline = cells["table1", "MoCo v2", "MoCo v2"].name
-    return item in plan.TABLES and any(values and cells[key].name != baseline
-               for key, values in found.items() if key[0] == item)
+    first = cells["table1", "MoCo v2", "MoCo v2"]
+    keys = {cells[key][:1] + cells[key][-2:] for key, values in found.items()
+            if key[0] == item and values}
+    return keys - {first[:1] + first[-2:]}
 
 
 def judged(place):
@@ -207,11 +210,14 @@ def section(place):
     lines = []
     if kept:
         lines = [machines(kept), "", *judged(place)]
+    known = set()                               # an item that would only repeat others is left out
     for item, title in plan.TITLES.items():
         picture = place.folder / f"{item}.png"
         shown = [f"![{title}]({place.name}/{picture.name})", ""] if picture.exists() else []
-        if was_run(item, place, found):
+        answers = probed(item, place, found)
+        if item in plan.TABLES and answers - known:
             shown += [*table(item, place, found), ""]
+        known |= answers
         if shown:
             lines += [f"### {title}", "", *shown]
     return [f"## results/{place.name}", "", *lines] if lines else []
@@ -229,7 +235,7 @@ def write(items, place):
     """Print the tables of `items`; write results/README.md and Figure 4."""
     found = results(place)
     for item, draw in (("figure4", figure4), ("section3", section3), ("length", length)):
-        if item in items and was_run(item, place, found):
+        if item in items and probed(item, place, found):
             draw(place, found)
     for item in items:
         if item in plan.TABLES and plan.columns(item, place.scale):
