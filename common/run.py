@@ -242,8 +242,8 @@ class Run:
             problems.append(f"the loss is finite at step {self.step}, but the weights are not")
         if problems:
             raise UserError(
-                f"{problems[0]}, learning rate {groups[0]['lr']:g}: try a smaller --lr, a longer "
-                "--warmup, a larger --temperature or --precision fp32, as a new run; "
+                f"{problems[0]}, learning rate {groups[0]['lr']:g}: as a new run, try a "
+                "smaller --lr, a longer --warmup or, if the script has it, a larger --temperature; "
                 f"{self.path} is from before, if there is one")
 
     def _end_epoch(self, due):
