@@ -373,8 +373,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
         return loss * float("nan") if step == 3 else loss
     monkeypatch.setattr(moco_v2, "train_step", with_infinite_loss)
     line = refused(moco_v2, small, *TINY)
-    assert re.match(r"the loss is nan at step 4, learning rate \S+: as a new run, try a smaller --lr, .* is from "
-                    "before", line), line
+    assert re.match(r"the loss is nan at step 4, learning rate \S+: as a new run, try a smaller "
+                    "--lr, .* is from before", line), line
     assert step_of(path) == 2
 
     def with_infinite_gradient(*args):
