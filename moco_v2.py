@@ -47,7 +47,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, x2, permutation):
-        """k (W N, D) of all images, in order; x2 (N, 3, H, W) is in the order that `shuffle` gives."""
+        """k (W N, D) of all images, in order; x2 (N, 3, H, W) comes from `shuffle`."""
         k = unit(self.embed_k(x2))                              # (N, D)
         return ddp.all_gather(k)[permutation.argsort()]
 
@@ -113,7 +113,8 @@ def rank_distribution(negatives, K, skew, scale):
     Rank 0 is the key most similar to the query. `hard`: a skew-normal distribution of shape `skew`
     and scale `scale` K, truncated to the queue: mostly hard and semi-hard keys. `hardest`: uniform
     over the most similar tenth. `random`: uniform. `queue`: None, nothing is sampled. The paper
-    gives no parameters; 4 and 1/4 are our choice. Raises UserError if almost nothing of it lies in the queue.
+    gives no parameters; 4 and 1/4 are our choice. Raises UserError if almost nothing of it lies in
+    the queue.
     """
     edges = np.arange(K + 1)
     if negatives == "queue":

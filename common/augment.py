@@ -184,7 +184,8 @@ class Augment(nn.Module):
                  seed=0):
         super().__init__()
         if normalisation not in NORMALISE:
-            raise UserError(f"normalisation {normalisation}: expected one of {', '.join(NORMALISE)}")
+            known = ", ".join(NORMALISE)
+            raise UserError(f"normalisation {normalisation}: expected one of {known}")
         self.operations = dict(STACKS[stack])
         if not blur:
             self.operations.pop("blur", None)

@@ -15,9 +15,9 @@ def features(encoder, images, *, normalisation, size, device, workers, feature="
              precision="fp32", batch=500, change=None):
     """Features (n, D) float32 on `device` of all un-augmented images, in order, in eval mode.
 
-    `feature` is named as in `Encoder.embed`. `change`, if given, is applied to the
-    uint8 images (n, 3, size, size) first. The encoder's training mode is restored. Processes share
-    the work and return all rows.
+    `feature` is named as in `Encoder.embed`. `change`, if given, is applied to the uint8 images
+    (n, 3, size, size) first. The encoder's training mode is restored. Processes share the work and
+    return all rows.
     """
     training = encoder.training
     encoder.eval()

@@ -1,5 +1,6 @@
-"""Eq. (1), InfoNCE. MoCo and SimCLR share it and differ in their negatives (Sec. 5); InstDisc uses it
-with `--loss infonce`.
+"""Eq. (1), InfoNCE. MoCo and SimCLR share it and differ in their negatives (Sec. 5).
+
+InstDisc uses it with `--loss infonce`.
 """
 
 import torch

@@ -21,9 +21,9 @@ HEADS = ("mlp", "none", "fixed", "deep", "narrow", "identity")
 class GroupBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with statistics over groups of `group` images.
 
-    The groups belong to the run (256 images on 8 GPUs are groups of 32), not to a
-    process. So shuffling BN (He et al. 2020, Sec. 3.3) works in one process too, and W processes
-    compute what one computes. The running statistics move once per step, by the mean over the
+    The groups belong to the run (256 images on 8 GPUs are groups of 32), not to a process. So
+    shuffling BN (He et al. 2020, Sec. 3.3) works in one process too, and W processes compute what
+    one computes. The running statistics move once per step, by the mean over the
     groups. With `group` None this is ordinary batch normalisation.
     """
 

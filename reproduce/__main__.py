@@ -191,7 +191,7 @@ def main(argv=None):
             if args.item == "detection":
                 raise UserError("detection: expected --voc FOLDER, a VOCdevkit")
             print("note: no detection, which needs --voc FOLDER")
-            items.remove("detection")
+            items = [item for item in items if item != "detection"]
         place = plan.Place(args.place or scale, scale, path, args.flags, [folder] if folder else [])
         runs = plan.runs(items, place, args.seeds, args.rows)
         pictures = plan.pictures(items, place, args.seeds[0])

@@ -17,10 +17,10 @@ a batch of N = K / 2 images, at least 16.
 
 Verdicts on the claims follow from the rules in `reproduce/claims.py` and `reproduce/verdicts.py`,
 which were committed before the runs that they judge. Those have seeds from 10 on; runs with lower
-seeds are exploratory and only appear in the tables. ± is half of
-the interval of a difference: of 95 %, and of 90 % where the claim is that there is none. "Not
-resolved; 12 seeds" means that about 12 seeds per cell would decide the claim, if the difference is
-as estimated.
+seeds are exploratory and only appear in the tables. Beside a claim, ± is half the width of the
+confidence interval of the difference: 95 %, or 90 % for claims that there is none. "Not resolved;
+12 seeds" means that about 12 seeds per cell would decide the claim, if the difference is as
+estimated.
 
 Sections 1 and 3 call the activation `hidden` z as well: it is as wide as h, and our z has 128
 dimensions. Of the predictions in Section 3, MoCo v2's augmentation changes colour only (`grey` and
@@ -190,7 +190,7 @@ def rows_run(item, found):
 
 
 def probed(item, place, found):
-    """{(run, feature, question)} of an item's results, without those of the first row of Table 1."""
+    """{(run, feature, question)} of an item's results, without the first row of Table 1."""
     cells = plan.cells(place.scale)
     first = cells["table1", "MoCo v2", "MoCo v2"]
     keys = {cells[key][:1] + cells[key][-2:] for key, values in found.items()
