@@ -43,13 +43,13 @@ def nt_xent(z, rows, temperature):
 
 
 def own_rows(M, device):
-    """The indices (2 N,) of this process among all 2 M views."""
+    """The indices (2 N,) of this process's views among all 2 M views."""
     mine = torch.arange(M, device=device)[ddp.rows(M)]
     return torch.cat([mine, mine + M])
 
 
 def train_step(embed, optimizer, x1, x2, temperature):
-    """One step of SimCLR on N images; returns the loss. `embed` is how the encoder is called."""
+    """One step of SimCLR on N images; returns the loss. `embed` maps views x to z."""
     z = unit(embed(torch.cat([x1, x2]))).unflatten(0, (2, -1))                  # (2, N, D)
     z = ddp.all_gather_with_grad(z.transpose(0, 1)).transpose(0, 1).flatten(0, 1)   # (2 M, D)
     loss = nt_xent(z, own_rows(len(z) // 2, z.device), temperature)             # Eq. (1)

@@ -56,7 +56,7 @@ def knn(bank, bank_labels, queries, query_labels, k=200, temperature=.1):
 
 
 def n_classes(labels):
-    """The number of classes that `labels` (n,) refer to."""
+    """The number of classes: the largest of `labels` (n,) plus one."""
     return int(labels.max()) + 1
 
 

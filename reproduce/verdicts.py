@@ -59,8 +59,8 @@ OUTLIER_ALONE = .5, .3
 Prior = collections.namedtuple("Prior", "variance df squares pooled_df median")
 Contrast = collections.namedtuple("Contrast", "value error df")
 # `estimate` ± `half` is the interval of the contrast that is decisive, `all` has all contrasts'.
-# `p` is below LEVEL if the claim is decided, `n` are the cells' numbers of seeds, and `seeds`
-# the seeds per cell that would resolve an unresolved claim: a number, ">100" or None.
+# `p` is below LEVEL if the claim is decided. `n` lists the number of seeds of each cell. `seeds` is
+# how many per cell would resolve an unresolved claim: a number, ">100" or None.
 Verdict = collections.namedtuple("Verdict", "verdict estimate half p n seeds all")
 
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import refused, signal_handlers_restored
+from conftest import refused, signal_handlers_restored, write_folder
 from PIL import Image
 
 import dip_inversion
@@ -371,6 +371,15 @@ def test_detection_trains_the_encoder_and_keeps_the_ap(fake, capsys):
     assert "many" in rows[-1] and picture.endswith("voc_detection-moco_v2-table1-seed3")
     assert call("detection", "--rows", *rows, "--seeds", "3") == 0
     assert "2 of 2 runs are there already" in capsys.readouterr().out
+
+
+def test_on_imagenet_detection_needs_voc(root, tmp_path, capsys):
+    """Without it, other items are still run and the detections that there are are still shown."""
+    images = str(write_folder(tmp_path / "images", 2, (70, 80)))
+    assert "detection: expected --voc FOLDER" in refused(reproduce, "detection", images)
+    assert call("claims", images, "--collect") == 0
+    assert "note: no detection, which needs --voc FOLDER" in capsys.readouterr().out
+    assert "detection" in plan.TABLES
 
 
 def test_bad_flags_get_one_line(fake):
