@@ -246,7 +246,7 @@ def newest_checkpoint():
 def read_encoders(args):
     """[(name, encoder, settings)] of --encoder, and the data set: DATA, or the last encoder's."""
     names = args.encoder or [newest_checkpoint()]
-    found = {name: load_encoder(name) for name in names if name != "random"}
+    found = {name: load_encoder(name, args.arch) for name in names if name != "random"}
     saved = next((found[name][1] for name in reversed(names) if name in found), {})
     path, advice = args.data or saved.get("data"), ""
     if args.quick:
@@ -256,9 +256,6 @@ def read_encoders(args):
     else:
         dataset = data.open_data(path)
     scale = SCALES[dataset.scale]
-    for name, (_, settings) in found.items():
-        if args.arch not in (None, settings["arch"]):
-            raise UserError(f"--encoder {name}: is a {settings['arch']}, not --arch {args.arch}")
     if "random" in names:
         arch = args.arch or saved.get("arch") or scale["arch"]
         found["random"] = load_encoder("random", arch, args.seed)

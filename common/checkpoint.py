@@ -195,7 +195,8 @@ def load_encoder(path, arch=None, seed=0):
     * a file: a checkpoint of these scripts, FAIR's MoCo v1 or v2, or torchvision's weights.
 
     g is the projection head; for supervised networks it is the classifier, and z are the logits.
-    Raises UserError with the first tensor that is missing or has another shape, and as `read`.
+    Raises UserError with the first tensor that is missing or has another shape, if a file holds
+    another network than `arch`, and as `read`.
     """
     path = str(path)
     if path == "random":
@@ -219,6 +220,8 @@ def load_encoder(path, arch=None, seed=0):
     settings = saved["settings"]
     if "arch" not in settings:
         raise UserError(f"{path}: its settings lack arch")
+    if arch not in (None, settings["arch"]):
+        raise UserError(f"{path}: is a {settings['arch']}, not --arch {arch}")
     f = resnet(settings["arch"])
     encoder = Encoder(f, mlp_from(saved["g"], f.width))
     load_state(f, saved["f"], f"{path}: f")

@@ -278,12 +278,11 @@ def settings(argv, scale):
     lr = base_lr * (given.batch_size or defaults["batch_size"]) / defaults["batch_size"]
     parser.set_defaults(script="voc_detection", scale=scale, lr=lr, **defaults)
     args = parser.parse_args(argv)
-    encoder, saved = load_encoder(args.encoder, args.arch or arch, args.seed)
+    arch = args.arch or (arch if args.encoder == "random" else None)
+    encoder, saved = load_encoder(args.encoder, arch, args.seed)
     if saved["arch"].endswith("-3x3"):
         raise UserError(f"--encoder {args.encoder}: {saved['arch']} has a stride of 4 pixels; "
                         "expected a network with a 7x7 stem, whose stride is 16")
-    if args.arch not in (None, saved["arch"]):
-        raise UserError(f"--encoder {args.encoder}: is a {saved['arch']}, not --arch {args.arch}")
     args.arch, file = saved["arch"], Path(args.encoder)
     args.normalisation = saved.get("normalisation", saved.get("scale", args.normalisation))
     args.encoder_fingerprint = fingerprint(encoder.f)
