@@ -262,6 +262,7 @@ def read_encoders(args):
     encoders, missing = [], {"scale": dataset.scale, "size": scale["size"]}
     for name in names:
         encoder, settings = found[name][0], {**missing, **found[name][1]}
+        settings["size"] = args.size or settings["size"]
         for feature in args.feature:
             encoder.check_feature(feature)
         if args.predict and "sobel" in args.predict and settings["size"] < 3:

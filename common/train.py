@@ -39,6 +39,7 @@ def number(kind, expected, valid):
 
 COUNT = number(int, "a whole number, 1 or more", lambda v: v >= 1)
 NATURAL = number(int, "a whole number, 0 or more, below 2^32", lambda v: 0 <= v < 2 ** 32)
+SIDE = number(int, "pixels, 16 or more", lambda v: v >= 16)
 SEVERAL = number(int, "2 images or more, which share batch statistics", lambda v: v >= 2)
 POSITIVE = number(float, "a number above 0", lambda v: 0 < v < math.inf)
 NON_NEGATIVE = number(float, "a number, 0 or more", lambda v: 0 <= v < math.inf)
@@ -71,6 +72,7 @@ def parser(script, description, presets):
     add("--warmup", type=NATURAL, metavar="STEPS", help="steps of linear warm-up")
     add("--arch", metavar="NAME",
         help=f"{', '.join(model.ARCHS)}; with suffix -3x3 for small images")
+    add("--size", type=SIDE, metavar="PIXELS", help="side of the crops that the encoder reads")
     add("--workers", type=NATURAL, metavar="n", default=data.default_workers(),
         help="processes that read files")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")

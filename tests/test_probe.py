@@ -395,6 +395,33 @@ def test_weights_from_elsewhere_give_the_features_of_torchvision(tmp_path, kind,
         torch.testing.assert_close(encoder.embed(x, "h"), net(x), rtol=1e-5, atol=1e-5)
 
 
+def test_size_is_the_side_of_what_the_encoder_reads_in_training_and_probes(made, inside):
+    sides = set()
+
+    def watch(module, inputs):
+        if getattr(module, "in_channels", None) == 3:
+            sides.add(tuple(inputs[0].shape[2:]))
+
+    moco = "runs/moco_v2-cifar10-table1-batch_size=8-arch=resnet10-size=40-K=16-bn_group=4"
+    probe = ["--encoder", f"{moco}/checkpoint.pt"]
+    small = ["images", "--arch", "resnet10", "--batch-size", "8", "--size", "40"]
+    watching = torch.nn.modules.module.register_module_forward_pre_hook(watch)
+    try:
+        for module, argv, side in [
+                (moco_v2, [*small, "--bn-group", "4", "--K", "16", "--max-steps", "1"], 40),
+                (linear_probe, [*probe, "--quick"], 40),
+                (linear_probe, [*probe, "--quick", "--size", "24"], 24),
+                (linear_probe, [*probe, "--epochs", "1", "--out", "sizes"], 40),
+                (linear_probe, ["images", "--quick", "--encoder", "random", "--arch", "resnet10",
+                                "--size", "20"], 20)]:
+            sides.clear()
+            inside(module, *argv, cwd=made)
+            assert sides == {(side, side)}, argv
+    finally:
+        watching.remove()
+    assert "--size: 8: expected pixels, 16 or more" in refused(moco_v2, "--size", "8")
+
+
 @pytest.mark.parametrize("kind, name, message", [
     ("v2", "module.encoder_q.layer3.4.conv2.weight", "f: tensor layer3.4.conv2.weight is missing"),
     ("v2", "module.encoder_q.fc.2.bias", "g: tensor 2.bias is missing"),
