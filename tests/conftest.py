@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
 import socket
@@ -55,8 +56,10 @@ def free_port():
 
 def spawn(function, *args, world=2):
     """Call `function(*args)` in `world` gloo processes."""
+    # Forked from a server that has imported the slow packages once.
+    multiprocessing.set_forkserver_preload(["torchvision", "scipy.stats"])
     mp.start_processes(_enter, (world, free_port(), function, args), nprocs=world,
-                       start_method="spawn")
+                       start_method="forkserver")
 
 
 def close(a, b, most):
