@@ -52,10 +52,14 @@ def kept_runs(place):
 def results(place, first_seed=0):
     """{(item, row, column): [accuracy in percent of each run with a seed from `first_seed` on]}.
 
-    None instead of a list for a row that changes nothing at this scale: it equals the first row.
+    In the order of seeds. None instead of a list for a row that changes nothing at this scale: it
+    equals the first row.
     """
+    def seed(run):
+        return int(run["name"].split("-seed")[1])
+
     found, cells = {}, plan.cells(place.scale)
-    kept = [run for run in kept_runs(place) if int(run["name"].split("-seed")[1]) >= first_seed]
+    kept = [run for run in sorted(kept_runs(place), key=seed) if seed(run) >= first_seed]
     for (item, row, column), cell in cells.items():
         first = cells[item, next(iter(plan.ROWS[item])), column]
         found[item, row, column] = [
