@@ -22,6 +22,7 @@ from common import UserError, checkpoint, ddp
 UNFINISHED = 75                                 # exit code: saved, start again to continue
 LOG_EVERY = 50                                  # steps between log entries
 SHOW_EVERY = 10                                 # seconds between lines on the terminal
+DRAW_EVERY = 60                                 # seconds, or more, between drawings of the curves
 PANELS = ("knn", "ratio", "lr", "alignment", "uniformity", "rank")      # of curves.png
 TITLES = {"knn": "kNN top-1 of h, %", "ratio": "loss / loss of a guess", "lr": "learning rate",
           "top1": "top-1 on the test images, %", "alignment": "alignment of z, two views",
@@ -102,6 +103,7 @@ class Run:
         if self.device.type == "cpu":
             self.stop_every = 1
         self.loss, self.losses, self.values, self.stop_requested = None, [], {}, False
+        self.drawn = time.time()
         self.step = self.start = self._restore()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
@@ -247,13 +249,13 @@ class Run:
                 f"{self.path} is from before, if there is one")
 
     def _end_epoch(self, due):
-        """Evaluate if `due`, log it, print a line, draw the curves."""
+        """Evaluate if `due`, log it, print a line, draw the curves from time to time."""
         epoch = self.step // self.epoch
         values = self.evaluate() if due else {}
         self.events.add("epoch", self.step, epoch=epoch, loss=self.loss, **values)
         shown = describe({"loss": self.loss, **values})
         ddp.say(f"epoch {epoch}/{self.total // self.epoch}  {shown}")
-        if values:
+        if values and time.time() - self.drawn > DRAW_EVERY:
             self._draw()
 
     def _draw(self):
@@ -277,6 +279,7 @@ class Run:
             axis.set(title=TITLES.get(name, name), xlabel="step")
         figure.suptitle(self.out.name, fontsize=10)
         figure.savefig(self.out / "curves.png", dpi=110)
+        self.drawn = time.time()
 
     def close(self, result=None):
         """Print how the run ended and the line `result`, by default the kNN accuracy or SIGNALS.

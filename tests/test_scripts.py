@@ -23,7 +23,7 @@ import moco_v2
 import simclr
 import tsne_aug
 from common.model import resnet
-from common.run import Log
+from common.run import Log, Run
 from reproduce import __main__ as reproduce
 from reproduce import figure5, plan, voc_detection
 
@@ -68,6 +68,16 @@ def test_from_images_to_accuracy_and_again(small, tmp_path, inside):
     saved = json.loads((out / "probe/quick-h.json").read_text())
     assert top1 and abs(float(top1[1]) - saved["top1"]) < .006
     assert "random (resnet10), h" in probe[-4] and "out/checkpoint.pt, h" in probe[-3]
+
+
+def test_curves_are_drawn_during_a_run_and_at_its_end(small, tmp_path, inside, monkeypatch):
+    drawn, draw = [], Run._draw
+    monkeypatch.setattr(Run, "_draw", lambda self: (drawn.append(self.step), draw(self)))
+    inside(moco_v2, small, *TINY, cwd=tmp_path)
+    assert drawn == [15]                        # a short run
+    monkeypatch.setattr("common.run.DRAW_EVERY", 0)
+    inside(moco_v2, small, *TINY, "--fresh", cwd=tmp_path)
+    assert drawn == [15, 0, 5, 10, 15, 15]
 
 
 def test_f_loads_into_a_plain_torchvision_resnet50(small, tmp_path, inside):
