@@ -27,7 +27,7 @@ from torch.nn.functional import one_hot
 from common import UserError, augment, data, ddp, run, train
 from common.checkpoint import load_encoder
 
-# Name: operations (augment.STACKS), and the crop's share of the area; None: as in evaluation.
+# {name: (an entry of augment.STACKS, the range of the crop's area)}; None: as in evaluation.
 AUGMENTATIONS = {"no": ("none", None), "weak": ("weak", (.08, 1.)), "strong": ("moco_v2", (.2, 1.))}
 KINDS = {"z": "logits of a supervised model", "h": "features h of a contrastive model"}
 NEIGHBOURS = 10

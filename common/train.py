@@ -195,7 +195,7 @@ def learning_rate(step, *, lr, schedule, warmup, epochs, steps_per_epoch, drops=
     """The learning rate of a step; constant within an epoch, as in MoCo's released code.
 
     `cosine`: lr/2 (1 + cos(pi epoch / epochs)). `steps`: divided by 10 at each of `drops`, shares
-    of the epochs (120 and 160 of 200). The first `warmup` steps grow linearly.
+    of the epochs (120 and 160 of 200). It grows linearly over the first `warmup` steps.
     """
     epoch = step // steps_per_epoch
     if schedule == "cosine":

@@ -165,7 +165,7 @@ def family(cell):
 
 
 def complete(key, values, scale):
-    """The results of a cell by which it is judged, in the order of seeds; empty if some lack."""
+    """The results by which a cell is judged, in the order of seeds; empty if one is missing."""
     n = 2 if key[2] == "100 epochs" else N_SEEDS.get(scale)
     return values[:n] if len(values) >= (n or 2) else []
 

@@ -86,8 +86,8 @@ def voc_ap(found, objects, classes):
 class Split:
     """The images of a split.
 
-    An image is a file or (3, H, W) uint8. Its size is (H, W). Its objects (n, 6) float32 are box,
-    label, difficult; labels begin with 1.
+    An image is a file or (3, H, W) uint8. Its size is (H, W). Its objects are rows (n, 6)
+    float32: four coordinates of the box, the label (from 1 on), and whether it is difficult.
     """
 
     images: list = dataclasses.field(default_factory=list)

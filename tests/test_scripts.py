@@ -130,23 +130,23 @@ def test_torchrun_with_two_processes_is_stopped_resumed_and_ends_as_one_process_
     """
     argv = [small, *TINY, "--batch-size", "32", "--bn-group", "16", "--precision", "fp32",
             "--lr", ".003", "--momentum", ".9",     # torchrun would take --m for one of its own
-            "--epochs", "5", "--n-evals", "1", "--negatives", "hard"]
+            "--epochs", "4", "--n-evals", "1", "--negatives", "hard"]
     inside(moco_v2, *argv, "--out", "one", cwd=tmp_path)
     stopped = run("moco_v2.py", *argv, "--max-steps", "2", cwd=tmp_path, torchrun=2, **ONE)
-    assert "stopped at step 2 of 5, saved in out" in stopped.stdout
+    assert "stopped at step 2 of 4, saved in out" in stopped.stdout
     assert load(tmp_path / "out/checkpoint.pt")["step"] == 2
     ended = run("moco_v2.py", *argv, cwd=tmp_path, torchrun=2, **ONE)
-    assert "continuing at step 2 of 5 in out" in ended.stdout
+    assert "continuing at step 2 of 4 in out" in ended.stdout
     assert "finished: checkpoint and curves in out" in ended.stdout
-    assert [e["epoch"] for e in entries(tmp_path / "out", "epoch")] == [*range(6)]
+    assert [e["epoch"] for e in entries(tmp_path / "out", "epoch")] == [*range(5)]
     assert len(entries(tmp_path / "out", "finished")) == 1
     one, two = load(tmp_path / "one/checkpoint.pt"), load(tmp_path / "out/checkpoint.pt")
-    assert one["settings"] == two["settings"] and two["step"] == 5
+    assert one["settings"] == two["settings"] and two["step"] == 4
     assert {start["processes"] for start in entries(tmp_path / "out", "start")} == {2}
     for name in ("f", "g", "encoder_k"):
         for key, tensor in one[name].items():
             difference = (two[name][key] - tensor).float().norm()
-            assert difference <= .1 * tensor.float().norm(), (name, key)
+            assert difference <= 3e-2 * tensor.float().norm(), (name, key)
     assert (two["queue"] - one["queue"]).norm() <= .02 * one["queue"].norm()
     # Figure 5 is drawn afterwards, by one process: drawing it in the run would wait forever.
     assert not (tmp_path / "out/figure5.png").exists()
@@ -306,13 +306,14 @@ def test_bad_input_of_the_probe_gets_one_line(small, tmp_path, monkeypatch):
         assert line in refused(linear_probe, *argv)
 
 
-def test_a_message_reaches_the_user_without_a_traceback(tmp_path):
+def test_a_message_reaches_the_user_without_a_traceback(tmp_path, capsys):
     done = run("moco_v2.py", "nowhere", cwd=tmp_path, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("nowhere: no such folder; expected")
     with pytest.raises(SystemExit) as end:
         moco_v2.flags().parse_args(["--K", "0"])
-    assert end.value.code == 2
+    assert end.value.code == 2 and capsys.readouterr().err == (
+        "moco_v2.py: argument --K: 0: expected a whole number, 1 or more\n")
 
 
 def test_output_that_nobody_reads_any_more_gets_one_line():
