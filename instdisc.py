@@ -186,7 +186,7 @@ def main(argv=None):
     run = Run({"f": encoder.f, "g": encoder.g, "memory": memory, "Z": Z, "optimizer": optimizer},
               evaluate=monitor, chance=chance(args),
               **train.run_options(args, steps_per_epoch, device))
-    embed = train.embedder(ddp.wrap(encoder), device, args.precision, args.compile)
+    embed = train.embedder(ddp.wrap(encoder), args, device, args.batch_size)
     learning_rate = functools.partial(
         train.learning_rate, lr=args.lr, schedule=args.schedule, warmup=args.warmup,
         epochs=args.epochs, steps_per_epoch=steps_per_epoch)

@@ -349,13 +349,13 @@ def build(args, device, frozen=None):
     if frozen:
         nn.init.normal_(model.g[0].weight, std=.01)
         nn.init.zeros_(model.g[0].bias)
-        embed = train.embedder(f, device, args.precision, args.compile)
+        embed = train.embedder(f, args, device)
         classify = ddp.wrap(model.eval().g)
 
         def logits_of(x):
             return classify(embed(x))
     else:
-        logits_of = train.embedder(ddp.wrap(model), device, args.precision, args.compile)
+        logits_of = train.embedder(ddp.wrap(model), args, device, args.batch_size)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, args.lr, .9, weight_decay=args.weight_decay, fused=True)
     return model, logits_of, optimizer

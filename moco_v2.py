@@ -42,7 +42,7 @@ class MoCo(nn.Module):
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         self.register_buffer("queue", unit(torch.randn(K, dim)))
         self.m, self.temperature = m, temperature
-        # How the encoders are called; main adds autocast, DDP and torch.compile.
+        # How the encoders are called; main adds autocast, DDP and CUDA graphs.
         self.embed_q, self.embed_k = self.encoder_q.forward, self.encoder_k.forward
 
     @torch.no_grad()
@@ -238,8 +238,8 @@ def main(argv=None):
                "queue": moco.queue, "optimizer": optimizer},
               evaluate=train.monitor(args, dataset, moco.encoder_q, augmented, device),
               chance=math.log(args.K + 1), **train.run_options(args, steps_per_epoch, device))
-    moco.embed_q = train.embedder(ddp.wrap(moco.encoder_q), device, args.precision, args.compile)
-    moco.embed_k = train.embedder(moco.encoder_k, device, args.precision, args.compile)
+    moco.embed_q = train.embedder(ddp.wrap(moco.encoder_q), args, device, args.batch_size)
+    moco.embed_k = train.embedder(moco.encoder_k, args, device, args.batch_size)
     learning_rate = functools.partial(
         train.learning_rate, lr=args.lr, schedule=args.schedule, warmup=args.warmup,
         epochs=args.epochs, steps_per_epoch=steps_per_epoch)

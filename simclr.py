@@ -286,7 +286,7 @@ def main(argv=None):
               chance=math.log(K + 1), stop_every=1 if args.chunk else 10,
               **train.run_options(args, steps_per_epoch, device))
     wrapped = ddp.wrap(encoder)
-    embed = train.embedder(wrapped, device, args.precision, args.compile)
+    embed = train.embedder(wrapped, args, device, None if args.chunk else 2 * args.batch_size)
     no_sync = wrapped.no_sync if ddp.world() > 1 else contextlib.nullcontext
     batches = train.views(args, dataset.train, 2, run, device)
     batch, mine = args.batch_size, np.arange(args.batch_size)[ddp.rows(args.batch_size)]

@@ -29,18 +29,18 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, channels, group=None, **kwargs):
         super().__init__(channels, **kwargs)
-        self.group, self.pending = group, None
+        self.group = group
 
     def forward(self, x):                                       # (N, C, H, W)
         if not self.training or self.group is None or len(x) <= self.group:
             return super().forward(x)
+        self.num_batches_tracked.add_(1)
         if x.device.type == "cpu" or len(x) % self.group:
             return self.one_by_one(x)
-        return self.batched(x)
+        return self.together(x)
 
     def one_by_one(self, x):
         """A call per group: fast on a CPU."""
-        self.num_batches_tracked.add_(1)
         groups = x.split(self.group)
         n, m, out = len(groups), self.momentum, []
         for i, group in enumerate(groups):
@@ -50,60 +50,51 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
                                     self.bias, True, momentum, self.eps))
         return torch.cat(out)
 
-    def batched(self, x):
-        """One call for all groups: few kernel launches, for GPUs.
-
-        `update_statistics` moves the running statistics of all layers together.
-        """
+    def together(self, x):
+        """All groups, for GPUs: three quarters of the time of `one_by_one`, and less memory."""
         n = len(x) // self.group
-        y = _by_group(x, n).flatten(0, 1)[None]                 # (1, n C, pixels)
-        z, mean, invstd = torch.native_batch_norm(
-            y, self.weight.repeat(n), self.bias.repeat(n), None, None, True, 0., self.eps)
-        count = y.shape[2]
-        self.pending = mean.view(n, -1), invstd.view(n, -1), count / (count - 1)
-        return _FromGroups.apply(z, x, n)
+        y, mean, var = _NormaliseGroups.apply(x, self.weight, self.bias, n, self.eps)
+        count = x.numel() / x.shape[1] / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.mean(0), self.momentum)
+            self.running_var.lerp_(var.mean(0) * (count / (count - 1)), self.momentum)
+        return y
 
 
-def _by_group(x, n):
-    """(N, C, H, W) -> (n, C, pixels); a view if x is channels_last."""
-    return x.permute(0, 2, 3, 1).reshape(n, -1, x.shape[1]).transpose(1, 2)
+class _NormaliseGroups(torch.autograd.Function):
+    """Normalises n groups of images, x (N, C, H, W), on a GPU: y like x, mean and variance (n, C).
 
-
-class _FromGroups(torch.autograd.Function):
-    """z (1, n C, pixels) -> (N, C, H, W) like x, channels_last.
-
-    No view: so the ReLU that follows can be in place without copies in the backward pass.
+    The parts are those of nn.SyncBatchNorm, except the statistics, for which PyTorch's general
+    reductions are faster. Statistics are float32 also where x is bf16.
     """
 
     @staticmethod
-    def forward(ctx, z, x, n):
-        ctx.n = n
-        out = torch.empty_like(x, memory_format=torch.channels_last)
-        _by_group(out, n).copy_(z.view(n, x.shape[1], -1))
-        return out
+    def forward(ctx, x, weight, bias, n, eps):
+        x = x.contiguous(memory_format=torch.channels_last)
+        pixels = x.permute(0, 2, 3, 1).reshape(n, -1, x.shape[1])               # (n, P, C), a view
+        count = pixels.shape[1]
+        mean = pixels.sum(1, dtype=torch.float32) / count
+        square = torch.linalg.vector_norm(pixels, dim=1, dtype=torch.float32).square() / count
+        var = (square - mean.square()).clamp_(0)
+        invstd, y = (var + eps).rsqrt(), torch.empty_like(x)
+        for part, m, s, out in zip(x.chunk(n), mean, invstd, y.chunk(n)):
+            torch.batch_norm_elemt(part, weight, bias, m, s, eps, out=out)
+        ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
 
     @staticmethod
-    def backward(ctx, grad):
-        return _by_group(grad, ctx.n).flatten(0, 1)[None], None, None
-
-
-@torch.no_grad()
-def update_statistics(module):
-    """Move the running statistics by the mean over groups, after `GroupBatchNorm2d.batched`."""
-    layers = [m for m in module.modules() if isinstance(m, GroupBatchNorm2d) and m.pending]
-    if not layers:
-        return
-    mean, invstd, unbiased = zip(*(layer.pending for layer in layers))
-    channels = [layer.num_features for layer in layers]
-    mean = torch.cat(mean, 1).mean(0).split(channels)
-    var = (torch.cat(invstd, 1) ** -2 - layers[0].eps).mean(0).split(channels)
-    torch._foreach_mul_(var, unbiased)
-    momentum = layers[0].momentum
-    torch._foreach_lerp_([layer.running_mean for layer in layers], mean, momentum)
-    torch._foreach_lerp_([layer.running_var for layer in layers], var, momentum)
-    torch._foreach_add_([layer.num_batches_tracked for layer in layers], 1)
-    for layer in layers:
-        layer.pending = None
+    def backward(ctx, grad, *_):
+        x, weight, mean, invstd = ctx.saved_tensors
+        n, found = len(mean), []
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        count = torch.full((1,), x.numel() // x.shape[1] // n, dtype=torch.int32, device=x.device)
+        for dy, part, m, s in zip(grad.chunk(n), x.chunk(n), mean, invstd):
+            sums = torch.batch_norm_backward_reduce(dy, part, m, s, weight, True, True, True)
+            dx = torch.batch_norm_backward_elemt(dy, part, m, s, weight, *sums[:2], count)
+            found.append([dx, *sums[2:]])
+        dx, dweight, dbias = zip(*found)
+        return torch.cat(dx), torch.stack(dweight).sum(0), torch.stack(dbias).sum(0), None, None
 
 
 class SmallConv2d(nn.Conv2d):
@@ -209,9 +200,7 @@ class Encoder(nn.Module):
         self.f, self.g = f, g
 
     def forward(self, x):
-        h = self.f(x)
-        update_statistics(self.f)
-        return self.g(h)
+        return self.g(self.f(x))
 
     def _layers(self, feature):
         """The layers of g that lead to `feature`, as one module."""

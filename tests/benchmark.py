@@ -154,10 +154,11 @@ def loop_momentum(q, k, m):
         a.copy_(a * m + b * (1 - m))
 
 
-def our_step(s, device, compiled=False):
+def our_step(s, device, compiled=False, graphs=True):
     moco, optimizer = moco_v2.build(s, device)
-    moco.embed_q = train.embedder(moco.encoder_q, device, s.precision, compiled)
-    moco.embed_k = train.embedder(moco.encoder_k, device, s.precision, compiled)
+    s = SimpleNamespace(**{**vars(s), "compile": compiled, "graphs": graphs})
+    moco.embed_q = train.embedder(moco.encoder_q, s, device, s.batch_size)
+    moco.embed_k = train.embedder(moco.encoder_k, s, device, s.batch_size)
     done = 0
 
     def step(x1, x2):

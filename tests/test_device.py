@@ -24,7 +24,7 @@ import moco_v2
 import simclr
 import tsne_aug
 from common import UserError, augment, data, ddp, evaluate, train
-from common.model import Encoder, GroupBatchNorm2d, head, resnet, update_statistics
+from common.model import Encoder, GroupBatchNorm2d, head, resnet
 from common.run import Run
 
 CPU = torch.device("cpu")
@@ -200,6 +200,8 @@ def test_a_step_mixes_no_devices(name, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
     monkeypatch.setattr(simclr.LARS, "step", lambda self: None)
+    # Its operators exist on GPUs only, also as fake ones; tests/test_gpu.py runs them.
+    monkeypatch.setattr(GroupBatchNorm2d, "together", GroupBatchNorm2d.one_by_one)
     # Fake tensors cannot be moved, or copied: they would belong to another mode.
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **kwargs: self)
     monkeypatch.setattr(moco_v2.copy, "deepcopy", lambda encoder: encoder_of(bn_group=4))
@@ -274,51 +276,33 @@ def test_packed_tensors_are_unpacked_unchanged():
 
 # Launches
 
-def test_batched_group_norm_equals_the_loop_over_groups():
-    """Values, gradients and running statistics, in float64."""
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        torch.manual_seed(0)
-        x = (torch.randn(12, 5, 6, 7).double() + 1).to(memory_format=memory_format)
-        found = []
-        for form in ("one_by_one", "batched"):
-            norm = GroupBatchNorm2d(5, group=4).double()
-            torch.nn.init.normal_(norm.weight)
-            torch.manual_seed(1)
-            weight = torch.randn(12, 5, 6, 7).double()
-            norm.load_state_dict({**norm.state_dict(), "weight": torch.arange(5.).double(),
-                                  "bias": torch.arange(5.).double() - 2})
-            leaf = x.clone().requires_grad_()
-            out = getattr(norm, form)(leaf)
-            (out * weight).sum().backward()
-            update_statistics(norm)
-            found.append([out, leaf.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
 def launches_of_moco():
-    """Of a MoCo step with ResNet-18-3x3, 64 images in 8 groups, in bf16, as on a GPU."""
-    s = settings(moco_v2, "cifar10", bn_group=8)
-    moco, optimizer = moco_v2.build(s, CPU)
-    moco.embed_q = train.embedder(moco.encoder_q, CPU, "bf16")
-    moco.embed_k = train.embedder(moco.encoder_k, CPU, "bf16")
+    """Of a MoCo step on a GPU, with ResNet-18-3x3 and 64 images.
+
+    The passes of the encoders are three CUDA graphs; what they hold is not counted.
+    """
+    moco, optimizer = moco_v2.build(settings(moco_v2, "cifar10", bn_group=8), CPU)
     module = augment.Augment("moco_v2", blur=False, normalisation="cifar10")
     x = torch.randint(256, (2, 64, 3, 32, 32), dtype=torch.uint8)
     permutation, draws = torch.randperm(64), module.draw(0, 64, views=2)
+    z = torch.randn(64, 128, requires_grad=True)
+    moco.embed_q = moco.embed_k = lambda x: z
+    for parameter in moco.encoder_q.parameters():               # as by the graph of the backward
+        parameter.grad = torch.zeros_like(parameter)            # pass
+    optimizer.zero_grad = lambda: None
 
     def step(i):
         x1, x2 = module.apply([x[0], moco_v2.shuffle(x[1], permutation)], draws)
         moco_v2.train_step(moco, optimizer, x1, x2, permutation, i)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GroupBatchNorm2d, "one_by_one", GroupBatchNorm2d.batched)
-        step(0)
-        with Operators() as seen:
-            step(1)
-    return seen.launches()
+    step(0)
+    with Operators() as seen:
+        step(1)
+    assert z.grad is not None
+    return 3 + seen.launches()
 
 
-def test_a_cifar_step_has_at_most_60_percent_of_the_launches_before():
-    assert launches_of_moco() <= .6 * LAUNCHES_BEFORE
+def test_a_cifar_step_has_at_most_a_quarter_of_the_launches_without_graphs():
+    assert launches_of_moco() <= LAUNCHES_BEFORE / 4
 
 
 def launches_of_lars():

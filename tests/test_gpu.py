@@ -28,6 +28,7 @@ MOCO, GROUPS = ("--K", "64", "--bn-group", "16"), ("--bn-group", "16")
 RUNS = {
     "moco": (moco_v2, *TINY, *MOCO),
     "moco, fixed head, blur": (moco_v2, *TINY, *MOCO, "--preset", "table1b", "--blur"),
+    "moco without graphs": (moco_v2, *TINY, *MOCO, "--no-graphs"),
     "moco v1": (moco_v2, *TINY, *MOCO, "--preset", "moco-v1"),
     "simclr": (simclr, *TINY),
     "simclr in chunks": (simclr, *TINY, "--chunk", "16"),
