@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 from common import ddp, train  # noqa: E402
 
 # The tests run on the CPU: they compare results bit by bit, and processes that have no GPU of their
-# own. test_gpu.py shows the GPU again to the scripts that it runs.
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+# own. test_gpu.py shows the GPU again to the scripts that it runs. (pytest-xdist reads this twice.)
+VISIBLE = os.environ.setdefault("VISIBLE_GPU", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -266,7 +266,7 @@ class Evil:
 def test_a_file_that_would_run_code_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint("c.pt", lambda c: c.update(f=Evil()))
-    with pytest.raises(UserError, match="c.pt: refused: reading it would run code .io.open."):
+    with pytest.raises(UserError, match="c.pt: refused: reading it would run code ._?io.open."):
         load_encoder("c.pt")
     (tmp_path / "text.pt").write_text(json.dumps({}))
     with pytest.raises(UserError, match="text.pt: cannot be read as a checkpoint"):

@@ -37,7 +37,7 @@ def made(tmp_path_factory):
 
 def probe_settings(**other):
     defaults = dict(linear_probe.SCALES["textures"], seed=0, precision="fp32", lr=30., classes=3,
-                    compile=False)
+                    compile=False, graphs=False)
     return SimpleNamespace(**{**defaults, **other})
 
 
