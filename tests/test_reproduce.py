@@ -202,6 +202,20 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_number_of_seeds_is_fixed_in_advance():
+    cells = plan.cells("cifar10-laptop")
+    for key, n in ((("table1", "MoCo v2", "MoCo v2"), 3), (("table2b", "1/4", "MoCo v2"), 2),
+                   (("figure4", "MoCo v2", "K = 512"), 2),
+                   (("figure4", "MoCo v2", "K = 64"), 3),       # a cell of Table 3 too
+                   (("length", "MoCo v2", "50 epochs"), 3),
+                   (("length", "MoCo v2", "100 epochs"), 2)):
+        assert claims.n_seeds(cells[key].name, "cifar10-laptop") == n, key
+    values = [60., 61., 62.]
+    for n, used in ((3, values), (2, values[:2]), (None, values)):
+        assert claims.complete(values, n) == used
+    assert claims.complete(values[:2], 3) == claims.complete(values[:1], None) == []
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_tables_claims_and_figure_4_are_written_from_the_runs_that_there_are(root, capsys, scale):
     """Every claim finds its cells at every scale; with all of them run, each has a verdict."""
