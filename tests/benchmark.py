@@ -29,7 +29,7 @@ from torchvision import transforms
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import test_device  # noqa: E402
+import test_device  # noqa: E402 (conftest, which hides the GPU, must not be imported)
 
 import instdisc  # noqa: E402
 import moco_v2  # noqa: E402

@@ -6,6 +6,7 @@ devices. Tensors on the `meta` device show the transfers from the host.
 """
 
 import collections
+import copy
 import functools
 import time
 from types import SimpleNamespace
@@ -304,6 +305,37 @@ def launches_of_moco():
 
 def test_a_cifar_step_has_at_most_a_quarter_of_the_launches_without_graphs():
     assert launches_of_moco() <= LAUNCHES_BEFORE / 4
+
+
+def test_recording_an_encoder_changes_nothing(monkeypatch):
+    """PyTorch calls it several times before it records, which moves batch statistics."""
+    def warm_up(module, inputs):
+        for _ in range(3):
+            module(*inputs)
+        return module
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", warm_up)
+    encoder, x = encoder_of(bn_group=4), torch.randn(BATCH, 3, 32, 32)
+    untouched = copy.deepcopy(encoder)
+    recorded = train.record(encoder, x)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, untouched.state_dict()[name]), name
+    # Its parameters are the encoder's, or the backward pass would not reach them.
+    assert list(map(id, recorded.parameters())) == list(map(id, encoder.parameters()))
+    assert torch.equal(recorded(x), untouched(x))
+
+
+def test_encoders_are_recorded_on_one_gpu_only(monkeypatch):
+    monkeypatch.setattr(train, "record", lambda module, x: pytest.fail(f"{tuple(x.shape)}"))
+    args = {"precision": "fp32", "compile": False, "graphs": True, "size": 32}
+    cuda, module = torch.device("cuda"), torch.nn.Identity()
+    with FakeTensorMode():
+        with pytest.raises(pytest.fail.Exception, match=r"\(8, 3, 32, 32\)"):
+            train.embedder(module, SimpleNamespace(**args), cuda, 8)
+        for device, batch, changes in ((CPU, 8, {}), (cuda, None, {}), (cuda, 8, {"graphs": False}),
+                                       (cuda, 8, {"compile": True})):
+            train.embedder(module, SimpleNamespace(**{**args, **changes}), device, batch)
+        monkeypatch.setattr(ddp, "world", lambda: 2)
+        train.embedder(module, SimpleNamespace(**args), cuda, 8)
 
 
 def launches_of_lars():
