@@ -51,7 +51,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(out)
 
     def together(self, x):
-        """All groups, on a GPU: the encoder takes a quarter less time than by `one_by_one`."""
+        """All groups, on a GPU: a step takes 16 to 23 % less time than with `one_by_one`."""
         n = len(x) // self.group
         y, mean, var = _NormaliseGroups.apply(x, self.weight, self.bias, n, self.eps)
         count = x.numel() / x.shape[1] / n
