@@ -116,7 +116,7 @@ def hues(images, **options):
 
 
 def split(dataset, seed):
-    """Training and test images of the predictions; without test images, a fifth of all."""
+    """Training and test images of the predictions. Without test images, a fifth is held out."""
     rng, train, test = augment.generator("predictions", seed), dataset.train, dataset.test
     if test is None:
         parts = np.split(rng.permutation(len(train)), [len(train) // 5])

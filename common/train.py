@@ -233,27 +233,17 @@ def embedder(module, args, device, batch=None):
     return autocast(module)
 
 
-class Recorded(torch.nn.Module):
-    """Calls `module`; `record` gives it another forward pass, and leaves that of `module`."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return self.module(x)
-
-
 def record(module, x):
     """A module's forward and backward pass as CUDA graphs, for inputs of the shape of x.
 
-    PyTorch calls the module several times before; batch statistics are put back.
+    PyTorch calls the module several times before; batch statistics are put back. It also replaces
+    the forward pass of what it is given: that of a wrapper, so that `module` keeps its own.
     """
     # PyTorch records on a stream of its own, which costs a few synchronisations.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     before = [buffer.clone() for buffer in module.buffers()]
     x = x.contiguous(memory_format=torch.channels_last)
-    recorded = torch.cuda.make_graphed_callables(Recorded(module), (x,))
+    recorded = torch.cuda.make_graphed_callables(torch.nn.Sequential(module), (x,))
     for buffer, value in zip(module.buffers(), before):
         buffer.copy_(value)
     return recorded

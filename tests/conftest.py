@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import ddp, train  # noqa: E402
+from common.run import Log  # noqa: E402
 
 # The tests run on the CPU: they compare results bit by bit, and processes that have no GPU of their
 # own. test_gpu.py shows the GPU again to the scripts that it runs. (pytest-xdist reads this twice.)
@@ -65,6 +66,11 @@ def spawn(function, *args, world=2):
     multiprocessing.set_forkserver_preload(["torchvision", "scipy.stats"])
     mp.start_processes(_enter, (world, free_port(), function, args), nprocs=world,
                        start_method="forkserver")
+
+
+def entries(out, event):
+    """The entries of a kind in the log of the run in the folder `out`."""
+    return [entry for entry in Log(out / "log.jsonl").entries() if entry["event"] == event]
 
 
 def close(a, b, most):

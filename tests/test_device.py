@@ -278,6 +278,45 @@ def test_packed_tensors_are_unpacked_unchanged():
 
 # Launches
 
+def per_channel(values):
+    return values.view(1, -1, 1, 1)
+
+
+def elemt(x, weight, bias, mean, invstd, eps, out):
+    out.copy_((x - per_channel(mean)) * per_channel(invstd * weight) + per_channel(bias))
+
+
+def backward_reduce(dy, x, mean, invstd, weight, *_):
+    dy_sum = dy.sum((0, 2, 3))
+    dy_x = (dy * (x - per_channel(mean))).sum((0, 2, 3))
+    return dy_sum, dy_x, dy_x * invstd, dy_sum
+
+
+def backward_elemt(dy, x, mean, invstd, weight, dy_sum, dy_x, count):
+    slope = (x - per_channel(mean)) * per_channel(invstd.square() * dy_x / count)
+    return (dy - per_channel(dy_sum / count) - slope) * per_channel(invstd * weight)
+
+
+def test_all_groups_together_equal_the_loop_over_groups(monkeypatch):
+    """Values, gradients and running statistics, with formulas for the operators of GPUs."""
+    for name in ("elemt", "backward_reduce", "backward_elemt"):
+        monkeypatch.setattr(torch, f"batch_norm_{name}", globals()[name])
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        x = (torch.randn(12, 5, 6, 7) + 1).to(memory_format=memory_format)
+        weight, found = torch.randn(12, 5, 6, 7), []
+        for form in ("one_by_one", "together"):
+            norm = GroupBatchNorm2d(5, group=4)
+            norm.load_state_dict({**norm.state_dict(), "weight": torch.arange(5.),
+                                  "bias": torch.arange(5.) - 2})
+            leaf = x.clone().requires_grad_()
+            out = getattr(norm, form)(leaf)
+            (out * weight).sum().backward()
+            found.append([out, leaf.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def launches_of_moco():
     """Of a MoCo step on a GPU, with ResNet-18-3x3 and 64 images.
 

@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import ROOT, VISIBLE, run
+from conftest import ROOT, VISIBLE, entries, run
 
 import dip_inversion
 import instdisc
@@ -17,7 +17,6 @@ import linear_probe
 import moco_v2
 import simclr
 import tsne_aug
-from common.run import Log
 from reproduce import voc_detection
 
 pytestmark = pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="needs an NVIDIA GPU")
@@ -69,10 +68,6 @@ def assert_close(a, b):
     assert statistics.median(far.values()) < 1e-4 and max(far.values()) < .1, far
 
 
-def events(folder, kind):
-    return [event for event in Log(folder / "log.jsonl").entries() if event["event"] == kind]
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_two_steps_on_the_gpu_equal_those_on_the_cpu(small, tmp_path, inside, name):
     """Weights, gradients (in the optimizer's momentum), batch statistics, queue and bank."""
@@ -81,10 +76,10 @@ def test_two_steps_on_the_gpu_equal_those_on_the_cpu(small, tmp_path, inside, na
     inside(module, *argv, "--out", "cpu", cwd=tmp_path)
     on_gpu(module, *argv, "--out", "gpu", cwd=tmp_path)
     assert_close(tmp_path / "gpu", tmp_path / "cpu")
-    start, = events(tmp_path / "gpu", "start")
+    start, = entries(tmp_path / "gpu", "start")
     assert "cores" not in start["device"], "the CPU was used"
     if module is not linear_probe:
-        a, b = (events(tmp_path / name, "epoch")[0] for name in ("gpu", "cpu"))
+        a, b = (entries(tmp_path / name, "epoch")[0] for name in ("gpu", "cpu"))
         assert abs(a["knn"] - b["knn"]) < 100 * 2 / 44          # two images, before the first step
         assert a["uniformity"] == pytest.approx(b["uniformity"], rel=1e-2)
         assert a["rank"] == pytest.approx(b["rank"], rel=1e-2)
@@ -105,7 +100,7 @@ def test_a_run_on_a_gpu_continues_and_its_features_are_those_of_the_cpu(small, t
     argv = [small, *argv, "--out", "out"]
     assert "stopped at step 2 of 4" in on_gpu(module, *argv, "--max-steps", "2", cwd=tmp_path)
     assert "continuing at step 2 of 4" in on_gpu(module, *argv, cwd=tmp_path)
-    start, _ = events(tmp_path / "out", "start")
+    start, _ = entries(tmp_path / "out", "start")
     assert start["settings"]["precision"] == "bf16"
     probe = ["--quick", "--encoder", "out/checkpoint.pt", "--precision", "fp32", small]
     top1 = []
@@ -124,7 +119,7 @@ def test_a_run_on_a_gpu_continues_and_its_features_are_those_of_the_cpu(small, t
 def test_what_draws_or_compiles_on_the_gpu_runs(small, tmp_path, argv):
     module, *argv = argv
     on_gpu(module, small, *argv, "--out", "out", cwd=tmp_path)
-    losses = [event["loss"] for event in events(tmp_path / "out", "step")]
+    losses = [event["loss"] for event in entries(tmp_path / "out", "step")]
     assert len(losses) == 4 and all(0 < loss < 20 for loss in losses)
 
 

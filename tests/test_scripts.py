@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, image_files, photo, refused, run, same
+from conftest import ROOT, entries, image_files, photo, refused, run, same
 from PIL import Image
 
 import dip_inversion
@@ -23,7 +23,7 @@ import moco_v2
 import simclr
 import tsne_aug
 from common.model import resnet
-from common.run import Log, Run
+from common.run import Run
 from reproduce import __main__ as reproduce
 from reproduce import figure5, plan, voc_detection
 
@@ -34,10 +34,6 @@ ONE = {"OMP_NUM_THREADS": "1"}          # runs are bit-identical with the same n
 
 def load(path):
     return torch.load(path, weights_only=True)
-
-
-def entries(out, event):
-    return [entry for entry in Log(out / "log.jsonl").entries() if entry["event"] == event]
 
 
 def test_from_images_to_accuracy_and_again(small, tmp_path, inside):
