@@ -1,6 +1,8 @@
 """Shared by the tests: run a script, call it in this process or in two, compare, make images."""
 
 import contextlib
+import functools
+import importlib
 import io
 import multiprocessing
 import os
@@ -17,10 +19,13 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = "moco_v2", "simclr", "instdisc", "linear_probe"
 sys.path.insert(0, str(ROOT))
 
-from common import ddp, train  # noqa: E402
+from common import ddp, textures, train  # noqa: E402
 from common.run import Log  # noqa: E402
+
+textures.draw = functools.cache(textures.draw)                  # .7 s per script otherwise
 
 # The tests run on the CPU: they compare results bit by bit, and processes that have no GPU of their
 # own. test_gpu.py shows the GPU again to the scripts that it runs. (pytest-xdist reads this twice.)
@@ -63,9 +68,21 @@ def free_port():
 def spawn(function, *args, world=2):
     """Call `function(*args)` in `world` gloo processes."""
     # Forked from a server that has imported the slow packages once.
-    multiprocessing.set_forkserver_preload(["torchvision", "scipy.stats"])
+    multiprocessing.set_forkserver_preload(["torchvision", "scipy.stats", "matplotlib.figure",
+                                            "pytest", *SCRIPTS])
     mp.start_processes(_enter, (world, free_port(), function, args), nprocs=world,
                        start_method="forkserver")
+
+
+def in_two_processes(script, *argv, cwd):
+    """Call a script's `main` in two processes of one thread, as torchrun does, but sooner."""
+    spawn(_main, script.__name__, [str(a) for a in argv], cwd)
+
+
+def _main(script, argv, cwd):
+    os.chdir(cwd)
+    multiprocessing.set_start_method("fork", force=True)        # of loader processes, as usual
+    assert importlib.import_module(script).main(argv) == 0
 
 
 def entries(out, event):

@@ -38,7 +38,8 @@ from common.run import Log  # noqa: E402
 TINY = ("--arch", "resnet10", "--batch-size", "8", "--epochs", "4")
 MOCO = ("--bn-group", "4", "--K", "20")
 RUNS = {"moco_v2": (moco_v2, *TINY, *MOCO), "simclr": (simclr, *TINY),
-        "instdisc": (instdisc, *TINY, *MOCO), "files": (moco_v2, *TINY, "--epochs", "2", *MOCO),
+        "instdisc": (instdisc, *TINY, *MOCO),
+        "files": (moco_v2, *TINY, "--epochs", "2", *MOCO, "--size", "64"),
         "linear_probe": (linear_probe, "--encoder", "{folder}/moco_v2-alone/checkpoint.pt",
                          *TINY[2:])}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import refused, run, spawn, write_folder
+from conftest import in_two_processes, refused, signal_handlers_restored, spawn, write_folder
 from PIL import Image
 
 import linear_probe
@@ -30,8 +30,10 @@ def made(tmp_path_factory):
     """Class folders of small images, and a MoCo v2 checkpoint trained on them for an epoch."""
     root = tmp_path_factory.mktemp("made")
     write_folder(root / "images", 22, (32, 32))
-    run("moco_v2.py", "images", "--arch", "resnet10", "--batch-size", "8", "--bn-group", "4",
-        "--K", "20", "--epochs", "1", "--out", "moco", cwd=root)
+    argv = [root / "images", "--arch", "resnet10", "--batch-size", "8", "--bn-group", "4",
+            "--K", "20", "--epochs", "1", "--out", root / "moco"]
+    with signal_handlers_restored():
+        moco_v2.main([str(a) for a in argv])
     return root
 
 
@@ -48,8 +50,7 @@ def resolved(module, scales, *argv, scale):
 def test_a_probe_runs_reports_and_continues(made, inside):
     """Last epoch, top-1 and top-5, confusion; stopped inside an epoch it ends bit-identically."""
     argv = ["--encoder", "moco/checkpoint.pt", "--batch-size", "16", "--epochs", "4"]
-    threads = str(torch.get_num_threads())
-    out = run("linear_probe.py", *argv, cwd=made, OMP_NUM_THREADS=threads).stdout.splitlines()
+    out = inside(linear_probe, *argv, cwd=made).splitlines()
     result = json.loads((made / "moco/probe/result.json").read_text())
     logged = Log(made / "moco/probe/log.jsonl").values("top1")
     assert out[-1] == f"top-1 {logged[-1]:.2f} %" and len(logged) == 4
@@ -200,12 +201,12 @@ def test_two_processes_count_each_test_image_once(one_and_two):
     assert one["top5"] >= one["top1"] == pytest.approx(top1)
 
 
-def test_under_torchrun_a_probe_ends_as_in_one_process(made, inside):
+def test_a_probe_in_two_processes_ends_as_in_one(made, inside):
     """Also if an epoch's last batch, of 44 - 43 images, is smaller than the number of processes."""
     argv = ["--encoder", "moco/checkpoint.pt", "--batch-size", "43", "--epochs", "3",
             "--precision", "fp32"]
     inside(linear_probe, *argv, "--out", "plain", cwd=made)
-    run("linear_probe.py", *argv, "--out", "two", cwd=made, torchrun=2)
+    in_two_processes(linear_probe, *argv, "--out", "two", cwd=made)
     a, b = (torch.load(made / name / "checkpoint.pt", weights_only=True)["g"]
             for name in ("plain", "two"))
     assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4) for k in a)

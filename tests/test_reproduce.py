@@ -308,7 +308,7 @@ def test_verdicts_in_the_projects_readme_are_those_of_the_results():
         _, _, _, ours, said, _ = line.split("|")
         stated = [(float(value), float(half)) for value, half in re.findall(number, ours)]
         said = said.strip().split("; ")
-        said *= len(stated) if len(said) == 1 else 1            # one verdict for all claims of a row
+        said *= len(stated) if len(said) == 1 else 1        # one verdict for all
         for (value, half), verdict in zip(stated, said):
             assert any(abs(value - v) < .051 and abs(half - h) < .051 and verdict == its_verdict
                        for v, h, its_verdict in judged), f"{line}: not in results/README.md"

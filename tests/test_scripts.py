@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, entries, image_files, photo, refused, run, same
+from conftest import ROOT, entries, image_files, in_two_processes, photo, refused, run, same
 from PIL import Image
 
 import dip_inversion
@@ -52,14 +52,14 @@ def test_from_images_to_accuracy_and_again(small, tmp_path, inside):
     assert start["settings"]["K"] == 20 and start["torch"] == torch.__version__
     with Image.open(out / "curves.png") as picture:
         assert picture.size[0] > 800 and len(np.unique(np.asarray(picture.convert("L")))) > 20
-    again = run("moco_v2.py", small, *TINY, cwd=tmp_path).stdout
+    again = inside(moco_v2, small, *TINY, cwd=tmp_path)
     assert "finished already" in again and again.splitlines()[-1] == first.splitlines()[-1]
     again = inside(moco_v2, small, *TINY, "--compile", "--workers", "0", cwd=tmp_path)
     assert "finished already" in again
     assert "--out out: holds a run with other settings (m 0.99 there, 0.5 here)" in refused(
         moco_v2, small, *TINY, "--m", ".5")
-    probe = run("linear_probe.py", "--quick", "--encoder", "random", "out/checkpoint.pt",
-                cwd=tmp_path).stdout.splitlines()
+    probe = inside(linear_probe, "--quick", "--encoder", "random", "out/checkpoint.pt",
+                   cwd=tmp_path).splitlines()
     top1 = re.fullmatch(r"top-1 (\d+\.\d\d) %: class, out/checkpoint.pt, h", probe[-1])
     saved = json.loads((out / "probe/quick-h.json").read_text())
     assert top1 and abs(float(top1[1]) - saved["top1"]) < .006
@@ -128,8 +128,7 @@ def test_torchrun_with_two_processes_is_stopped_resumed_and_ends_as_one_process_
             "--lr", ".003", "--momentum", ".9",     # torchrun would take --m for one of its own
             "--epochs", "4", "--n-evals", "1", "--negatives", "hard"]
     inside(moco_v2, *argv, "--out", "one", cwd=tmp_path)
-    stopped = run("moco_v2.py", *argv, "--max-steps", "2", cwd=tmp_path, torchrun=2, **ONE)
-    assert "stopped at step 2 of 4, saved in out" in stopped.stdout
+    in_two_processes(moco_v2, *argv, "--max-steps", "2", cwd=tmp_path)
     assert load(tmp_path / "out/checkpoint.pt")["step"] == 2
     ended = run("moco_v2.py", *argv, cwd=tmp_path, torchrun=2, **ONE)
     assert "continuing at step 2 of 4 in out" in ended.stdout
@@ -175,11 +174,11 @@ def test_other_methods_continue_where_they_stopped_and_are_probed(small, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["chunk", "instdisc"])
-def test_other_methods_under_torchrun_end_as_one_process_does(small, tmp_path, inside, kind):
+def test_two_processes_of_other_methods_end_as_one_does(small, tmp_path, inside, kind):
     script, *argv = OTHERS[kind]
     argv = [small, *argv, "--precision", "fp32", "--lr", ".001", "--max-steps", "2"]
     inside(script, *argv, "--out", "one", cwd=tmp_path)
-    run(f"{script.__name__}.py", *argv, "--out", "two", cwd=tmp_path, torchrun=2, **ONE)
+    in_two_processes(script, *argv, "--out", "two", cwd=tmp_path)
     one, two = load(tmp_path / "one/checkpoint.pt"), load(tmp_path / "two/checkpoint.pt")
     for key, tensor in one["f"].items():
         difference = (two["f"][key] - tensor).float().norm()
