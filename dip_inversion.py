@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError, augment, data, ddp, run, train
-from common.checkpoint import load_encoder
+from common.checkpoint import FAIR, load_encoder
 
 # As released by Ulyanov et al.: layers of R from the image's size downwards, channels of the noise
 # and of the skip connections, slope of LeakyReLU, learning rate of Adam.
@@ -242,7 +242,7 @@ def flags():
 
 def differences(a, b):
     """What else the settings of the two encoders differ in, as a sentence."""
-    if "script" not in a or "script" not in b:
+    if a.get("script") == b.get("script") == FAIR:
         return "FAIR's MoCo v1 and v2 also differ in augmentation and temperature."
     names = sorted(a.keys() & b.keys() - {"head", "preset"})
     found = [f"{name} ({a[name]} and {b[name]})" for name in names if a[name] != b[name]]
@@ -279,7 +279,7 @@ def main(argv=None):
         raise UserError(f"--no-head and --head: h has {no_head.f.width} and {with_head.f.width} "
                         f"dimensions, images have {size} and {b['size']} pixels; expected the same")
     kinds = (no_head, "h", a), (with_head, "h", b), (with_head, "hidden", b)
-    columns = [column(encoder, feature, settings.get("normalisation", settings["scale"]), device)
+    columns = [column(encoder, feature, settings["normalisation"], device)
                for encoder, feature, settings in kinds]
     names, chosen = image_files(args.images, size) if args.images else four_images(dataset)
     x = torch.cat(list(data.whole(chosen, size=size, batch=64, device=device, workers=0))) / 255

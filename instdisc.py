@@ -169,7 +169,7 @@ def main(argv=None):
     check(args)
     n, steps_per_epoch = args.images, data.steps_per_epoch(args.images, args.batch_size)
     encoder, memory, Z, optimizer = build(args, device)
-    augmented = augment.Augment(args.stack, (.4, .4, .4, .4), normalisation=args.scale,
+    augmented = augment.Augment(args.stack, (.4, .4, .4, .4), normalisation=args.normalisation,
                                 seed=args.seed).to(device)
     options = train.feature_options(args, device)
     signals = train.monitor(args, dataset, encoder, augmented, device)

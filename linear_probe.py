@@ -264,7 +264,7 @@ def read_encoders(args):
         encoder, settings = found[name][0], {**missing, **found[name][1]}
         settings["size"] = args.size or settings["size"]
         for feature in args.feature:
-            encoder.check_feature(feature)
+            encoder.width(feature)              # raises UserError if it has none
         if args.predict and "sobel" in args.predict and settings["size"] < 3:
             raise UserError(f"{name}: --predict sobel needs images of 3 pixels or more, and this "
                             f"encoder reads {settings['size']}")

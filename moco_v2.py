@@ -107,7 +107,7 @@ def train_step(moco, optimizer, x1, x2, permutation, step, ranks=None):
     return loss.detach()
 
 
-def rank_distribution(negatives, K, skew, scale):
+def rank_distribution(kind, K, skew, scale):
     """Cumulative distribution (K,) of the ranks of sampled negatives (Sec. 5, Figure 5).
 
     Rank 0 is the key most similar to the query. `hard`: a skew-normal distribution of shape `skew`
@@ -117,16 +117,16 @@ def rank_distribution(negatives, K, skew, scale):
     the queue.
     """
     edges = np.arange(K + 1)
-    if negatives == "queue":
+    if kind == "queue":
         return None
-    if negatives == "hard":
+    if kind == "hard":
         from scipy.stats import skewnorm                        # slow to import
         cdf = skewnorm.cdf(edges, skew, scale=scale * K)
         if not cdf[-1] - cdf[0] > 1e-6:
             raise UserError(f"--skew {skew:g} --skew-scale {scale:g}: no rank of the queue is left "
                             "to sample; try 4 and .25")
     else:
-        cdf = np.minimum(edges / (math.ceil(K / 10) if negatives == "hardest" else K), 1.)
+        cdf = np.minimum(edges / (math.ceil(K / 10) if kind == "hardest" else K), 1.)
     return torch.from_numpy(((cdf[1:] - cdf[0]) / (cdf[-1] - cdf[0])).astype(np.float32))
 
 
@@ -173,7 +173,8 @@ PRESETS = {
     "table3b": dict(blur=False, long=True),
     "table3c": dict(schedule="steps", long=True),
     "table3d": dict(m=.5, long=True),
-    "moco-v1": dict(stack="moco_v1", head="none", temperature=.07, schedule="steps", long=True),
+    "moco-v1": dict(stack="moco_v1", blur=False, head="none", temperature=.07, schedule="steps",
+                    long=True),
     "section7": dict(m=0., long=True),                  # no momentum encoder
     # FAIR's CIFAR-10 demo; it reports a kNN accuracy of z of 82.6 %
     "fair-cifar10": dict(head="none", crop=(.08, 1.), batch_size=512, bn_group=64),
@@ -204,6 +205,9 @@ def flags():
 def check(args):
     """Raises UserError if settings do not fit together; prints notes on unusual ones."""
     train.check_batch(args.images, args.batch_size, args.bn_group)
+    if args.stack == "moco_v1" and (args.blur or args.jitter != .5):
+        raise UserError("--preset moco-v1: expected neither --jitter nor --blur; its augmentation "
+                        "is fixed")
     if args.K > args.images - args.batch_size:
         ddp.say(f"note: K = {args.K} with {args.images} images: most images have their own old "
                 "keys among their negatives")
@@ -233,7 +237,8 @@ def main(argv=None):
     steps_per_epoch = data.steps_per_epoch(args.images, args.batch_size)
     moco, optimizer = build(args, device)
     jitter = (.4,) * 4 if args.stack == "moco_v1" else augment.jitter_strength(args.jitter)
-    augmented = augment.Augment(args.stack, jitter, args.blur, args.scale, args.seed).to(device)
+    augmented = augment.Augment(args.stack, jitter, args.blur, args.normalisation,
+                                args.seed).to(device)
     run = Run({"f": moco.encoder_q.f, "g": moco.encoder_q.g, "encoder_k": moco.encoder_k,
                "queue": moco.queue, "optimizer": optimizer},
               evaluate=train.monitor(args, dataset, moco.encoder_q, augmented, device),

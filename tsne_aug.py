@@ -156,7 +156,7 @@ def features(model, feature, images, augmentation, seed, device):
     (encoder, settings), (stack, area) = model, AUGMENTATIONS[augmentation]
     n, size = len(images), settings["size"]
     module = augment.Augment(stack, blur=size > data.SMALL, seed=seed,
-                             normalisation=settings.get("normalisation", settings["scale"]))
+                             normalisation=settings["normalisation"])
     options = dict(size=size, batch=n, device=device, workers=data.default_workers())
     if area is None:
         order = np.arange(n)
@@ -242,7 +242,7 @@ def read_supervised(path, scale):
     encoder, settings = load_encoder(path or default)
     script = settings.get("script", "linear_probe")
     if script != "linear_probe":
-        raise UserError(f"--encoder {path}: a run of {script}.py, which has no classes; expected a "
+        raise UserError(f"--encoder {path}: a run of {script}, which has no classes; expected a "
                         "supervised model, and contrastive ones as --compare")
     return encoder, settings
 

@@ -18,6 +18,7 @@ from common import UserError
 from common.model import ARCHS, Encoder, head, mlp_from, resnet
 
 CONTENT = {"step": int, "settings": dict}       # in every checkpoint of a training script
+FAIR = "FAIR's MoCo"                            # what the settings of its files name as the script
 
 
 class Damaged(UserError):
@@ -251,6 +252,6 @@ def _from_elsewhere(saved, path):
         return len(resnet(arch).state_dict().keys() ^ state.keys())
     with torch.device("meta"):
         arch = min(ARCHS, key=differing_names)
-    kind = "mlp" if "2.weight" in g else "none"
-    return {"f": state, "g": g,
-            "settings": {"arch": arch, "head": kind, "scale": "imagenet", "size": 224}}
+    settings = {"arch": arch, "head": "mlp" if "2.weight" in g else "none", "scale": "imagenet",
+                "normalisation": "imagenet", "size": 224}
+    return {"f": state, "g": g, "settings": {**settings, "script": FAIR} if query else settings}

@@ -1,6 +1,6 @@
 """One process or many: the same script runs plain and under torchrun (NCCL on GPUs, gloo on CPUs).
 
-Without a process group, every function here is the identity, so that a script is written once.
+Without a process group, the collectives return their own input, so that a script is written once.
 """
 
 import contextlib

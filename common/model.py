@@ -215,12 +215,8 @@ class Encoder(nn.Module):
                 return nn.Sequential(*layers)
         raise UserError("--feature hidden: the head of this encoder has no hidden layer")
 
-    def check_feature(self, feature):
-        """Raises UserError if `feature` is `hidden` and g has no hidden layer."""
-        self._layers(feature)
-
     def width(self, feature="h"):
-        """The number of dimensions of `feature`, as in `embed`."""
+        """The number of dimensions of `feature`, which is named, or refused, as in `embed`."""
         width = self.f.width
         for layer in self._layers(feature).modules():
             width = getattr(layer, "out_features", width)
@@ -230,7 +226,8 @@ class Encoder(nn.Module):
         """Features of x (N, 3, H, W) by name: `h`, `hidden` or `z`.
 
         `h` = f(x) (N, width). `hidden` is the activation after g's first ReLU, which Figure 2 (d)
-        calls z. `z` = g(h) (N, D). Raises UserError as `check_feature` does.
+        calls z. `z` = g(h) (N, D). Raises UserError if `feature` is `hidden` and g has no hidden
+        layer.
         """
         return self.project(self.f(x), feature)
 

@@ -84,9 +84,9 @@ def draw(path, encoder, saved, images):
     row.imshow(np.hstack(x.permute(0, 2, 3, 1).numpy()))
     row.set_xticks((np.arange(len(indices)) + .5) * size, titles)
     row.set_yticks([])
-    F = moco_v2.rank_distribution(settings["negatives"], K, settings["skew"],
-                                  settings["skew_scale"])
-    ranks = moco_v2.draw_ranks(F, QUERIES, settings["seed"], saved["step"])
+    cdf = moco_v2.rank_distribution(settings["negatives"], K, settings["skew"],
+                                    settings["skew_scale"])
+    ranks = moco_v2.draw_ranks(cdf, QUERIES, settings["seed"], saved["step"])
     axis.hist(ranks.flatten().numpy(), min(K, 64), range=(0, K), density=True)
     axis.set(xlabel="rank in the queue, by similarity to the query",
              ylabel=f"frequency, {QUERIES} queries",

@@ -90,6 +90,8 @@ ROWS = {
         "(c) more hidden layers, h": ("moco_v2 --preset table1c", 63.9),
         "(d) narrow head, h": ("moco_v2 --preset table1d", 62.2),
         "untrained, h": ("linear_probe --encoder random --quick",),
+        "untrained, hidden": ("linear_probe --encoder random --quick",),
+        "untrained, z": ("linear_probe --encoder random --quick",),
     },
     "section5": {
         "MoCo v2": ("moco_v2 --preset table3", 67.3, 67.5),

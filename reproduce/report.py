@@ -156,10 +156,11 @@ def section3(place, found):
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axis = figure.subplots()
     rows = [row for row in plan.ROWS["section3"] if found["section3", row, "class"]]
+    greys = iter(("dimgray", "darkgray", "lightgray"))          # h, hidden, z
     for i, row in enumerate(rows):
         values = [found["section3", row, column] for column in plan.PREDICTIONS]
         x = [column + .8 * (i + .5) / len(rows) - .4 for column in range(len(values))]
-        colour = "lightgray" if row.startswith("untrained") else None
+        colour = next(greys) if row.startswith("untrained") else None
         axis.bar(x, [mean(v) for v in values], .75 / len(rows), color=colour, label=row, capsize=2,
                  yerr=[stdev(v) if len(v) > 1 else 0 for v in values], error_kw={"linewidth": 1})
     axis.set_xticks(range(len(plan.PREDICTIONS)), plan.PREDICTIONS)

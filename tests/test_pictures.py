@@ -7,12 +7,14 @@ import runpy
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, image_files, photo, refused
 from PIL import Image
 
 import dip_inversion
 import tsne_aug
 from common import UserError, augment, data, textures
+from common.checkpoint import FAIR
 from common.model import Encoder, head, resnet
 
 CPU = torch.device("cpu")
@@ -278,7 +280,7 @@ def test_the_silhouette_of_identical_points_is_0(n):
 
 # The scripts.
 
-SETTINGS = {"scale": "textures", "size": 32}
+SETTINGS = {"size": 32, "normalisation": "textures"}            # of README's checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +298,7 @@ def save(folder, arch, kind, dim=128, script="moco_v2"):
     torch.manual_seed(0)
     f = resnet(arch)
     settings = {"script": script, "arch": arch, "head": kind, "dim": dim, "scale": "textures",
-                "size": 32}
+                **SETTINGS}
     folder.mkdir(parents=True, exist_ok=True)
     content = {"f": f.state_dict(), "g": head(kind, f.width, dim).state_dict(),
                "settings": settings}
@@ -395,7 +397,10 @@ def test_bad_input_gets_one_line(made, tmp_path, monkeypatch):
     for name in ("small.png", "photos/one.png"):
         Image.fromarray(photo(np.random.default_rng(0), 20, 40)).save(tmp_path / name)
     (tmp_path / "text.png").write_text("not an image")
-    wide = save(tmp_path / "wide", "resnet50", "mlp")
+    wide, fair = save(tmp_path / "wide", "resnet50", "mlp"), tmp_path / "fair.pth.tar"
+    state = {f"module.encoder_q.{name}": value
+             for name, value in torchvision.models.resnet18(num_classes=128).state_dict().items()}
+    torch.save({"state_dict": state}, fair)
     none = "runs/moco_v2-textures-table1a/checkpoint.pt"
     mlp = "runs/moco_v2-textures-table1/checkpoint.pt"
     given = ("--head", mlp, "--no-head", none)
@@ -411,7 +416,8 @@ def test_bad_input_gets_one_line(made, tmp_path, monkeypatch):
             (dip_inversion, ["--no-head", mlp], f"--no-head {mlp}: no hidden layer is expected"),
             (dip_inversion, ["--iterations", "0"], "argument --iterations: 0: expected"),
             (dip_inversion, ["--seed", "-1"], "argument --seed: -1: expected"),
-            (tsne_aug, ["--encoder", none], "a run of moco_v2.py, which has no classes"),
+            (tsne_aug, ["--encoder", none], "a run of moco_v2, which has no classes"),
+            (tsne_aug, ["--encoder", fair], "a run of FAIR's MoCo, which has no classes"),
             (tsne_aug, ["--per-class", "2000"], "has 1000 training images"),
             (tsne_aug, [tmp_path / "photos"], "labels are needed"),
             (tsne_aug, ["--classes", "11"], "argument --classes: invalid choice: 11"),
@@ -424,6 +430,16 @@ def test_bad_input_gets_one_line(made, tmp_path, monkeypatch):
         tsne_aug.main([])
     with pytest.raises(UserError):
         dip_inversion.main([])
+
+
+def test_figure_2_says_what_else_differs_between_the_encoders():
+    ours, fair = {"script": "moco_v2", "head": "mlp", "seed": 0}, {"script": FAIR, "head": "mlp"}
+    differences = dip_inversion.differences
+    assert differences(ours, {**ours, "head": "none"}) == ""
+    assert differences(ours, {**ours, "seed": 1}) == "The encoders also differ in seed (0 and 1)."
+    assert differences(ours, SETTINGS) == ""                    # without a name of its script
+    assert differences(fair, fair).startswith("FAIR's MoCo v1 and v2 also differ")
+    assert differences(ours, fair).startswith("The encoders also differ in script (moco_v2 and ")
 
 
 @pytest.mark.parametrize("script, advice", [("dip_inversion.py", "fewer --images"),

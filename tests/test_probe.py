@@ -387,7 +387,7 @@ def test_weights_from_elsewhere_give_the_features_of_torchvision(tmp_path, kind,
     torch.save(saved, tmp_path / "file.pth")
     encoder, settings = load_encoder(tmp_path / "file.pth")
     assert (settings["arch"], settings["head"]) == ("resnet50", kept)
-    assert settings["scale"] == "imagenet"
+    assert settings["scale"] == settings["normalisation"] == "imagenet"
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = net.eval()(x)

@@ -276,6 +276,8 @@ def bad(tmp_path, small):
         ([*tiny, "--crop", ".5", ".2"], "--crop 0.5 0.2: expected LO <= HI"),
         ([*tiny, "--crop", "0", ".2"], "argument --crop: 0: expected a share"),
         ([*tiny, "--jitter", "-1"], "argument --jitter: -1: expected a number from 0 to 2.5"),
+        ([*tiny, "--preset", "moco-v1", "--blur"], "--preset moco-v1: expected neither --jitter"),
+        ([*tiny, "--preset", "moco-v1", "--jitter", "1"], "its augmentation is fixed"),
         ([*tiny, "--arch", "vgg16"], "--arch vgg16: unknown; expected one of resnet10"),
         ([*tiny, "--epochs", "0"], "argument --epochs: 0: expected"),
         ([*tiny, "--max-steps", "0"], "argument --max-steps: 0: expected"),
