@@ -265,9 +265,6 @@ def read_encoders(args):
         settings["size"] = args.size or settings["size"]
         for feature in args.feature:
             encoder.width(feature)              # raises UserError if it has none
-        if args.predict and "sobel" in args.predict and settings["size"] < 3:
-            raise UserError(f"{name}: --predict sobel needs images of 3 pixels or more, and this "
-                            f"encoder reads {settings['size']}")
         encoders.append((name, encoder, {"normalisation": settings["scale"], **settings}))
     return encoders, dataset
 
