@@ -37,6 +37,7 @@ COLUMNS = ("h, without MLP head", "h, with MLP head", "hidden (the paper's z), w
 LABEL = ("feature error {feature_error:.3f}\nPSNR {psnr:.1f} dB\n"
          "colour distance {colour_distance:.2f}\nkept structure {structure:.2f}")
 REPORT_EVERY = 30                               # seconds between progress reports and pictures
+SHOWN = 4                                       # images in the picture
 
 
 # R: a U-Net from noise to an image. Its batch norm always uses the statistics of that one image.
@@ -186,15 +187,36 @@ def measure(x, x_rec, error):
              "structure": structure(x, y).tolist()} for y, e in zip(x_rec, error)]
 
 
-def four_images(dataset):
-    """Four images of the data, of different classes where it has any: `(names, images)`."""
+def choose(dataset, n):
+    """At most n images of the data, of different classes in turn, if any: `(names, images)`."""
     images = dataset.test or dataset.train
+    n = min(n, len(images))
     if dataset.classes is None:
-        chosen = np.linspace(0, len(images) - 1, min(4, len(images))).astype(int)
+        chosen = np.linspace(0, len(images) - 1, n).astype(int)
         return [f"image {i}" for i in chosen], images.take(chosen)
-    classes = range(0, len(dataset.classes), max(1, len(dataset.classes) // 4))[:4]
-    chosen = [int((images.labels == c).nonzero()[0]) for c in classes]
-    return [dataset.classes[c] for c in classes], images.take(np.array(chosen))
+    names, chosen, classes = [], [], len(dataset.classes)
+    for i in range(n):
+        c = i * max(1, classes // n) % classes
+        members = np.flatnonzero(images.labels.numpy() == c)
+        names.append(dataset.classes[c])
+        chosen.append(members[i // classes % len(members)])
+    return names, images.take(np.array(chosen))
+
+
+def differences_to_first(found):
+    """For each column after the first, {measure: [difference, half of its 95 % interval]}.
+
+    Paired over the images of `measure`; two or more.
+    """
+    from scipy.stats import t                                   # slow to import
+    compared = []
+    for values in found[1:]:
+        compared.append({})
+        for name, own in values.items():
+            pairs = np.subtract(own, found[0][name])
+            half = t.ppf(.975, len(pairs) - 1) * pairs.std(ddof=1) / math.sqrt(len(pairs))
+            compared[-1][name] = [pairs.mean(), half]
+    return compared
 
 
 def image_files(paths, size):
@@ -232,7 +254,9 @@ def flags():
     add("data", nargs="?", metavar="DATA", help="folder of images (default: the built-in textures)")
     add("--no-head", metavar="FILE", help="encoder without MLP head (default: run of table1a)")
     add("--head", metavar="FILE", help="encoder with MLP head (default: run of table1)")
-    add("--images", nargs="+", metavar="FILE", help="image files instead of four of DATA's")
+    add("--n-images", type=train.COUNT, default=4, metavar="n",
+        help="images of DATA; the picture shows four")
+    add("--images", nargs="+", metavar="FILE", help="image files instead of DATA's")
     add("--iterations", type=train.COUNT, metavar="n", help="(default: 3100; small images: 1000)")
     add("--seed", type=train.NATURAL, default=0, metavar="n")
     add("--device", choices=train.DEVICES, help="default: cuda if there is a GPU, else cpu")
@@ -253,7 +277,7 @@ def draw(path, x, names, x_rec, found, title):
     from matplotlib.figure import Figure                        # slow to import
     figure = Figure(figsize=(10.5, 3.3 * len(x) + .8), layout="constrained")
     axes = figure.subplots(len(x), 1 + len(COLUMNS), squeeze=False)
-    for row, name in enumerate(names):
+    for row, name in enumerate(names[:len(x)]):
         labels = [name]
         for values in found:
             labels.append(LABEL.format(**{key: value[row] for key, value in values.items()}))
@@ -281,7 +305,8 @@ def main(argv=None):
     kinds = (no_head, "h", a), (with_head, "h", b), (with_head, "hidden", b)
     columns = [column(encoder, feature, settings["normalisation"], device)
                for encoder, feature, settings in kinds]
-    names, chosen = image_files(args.images, size) if args.images else four_images(dataset)
+    names, chosen = image_files(args.images, size) if args.images else choose(
+        dataset, args.n_images)
     x = torch.cat(list(data.whole(chosen, size=size, batch=64, device=device, workers=0))) / 255
     iterations = args.iterations or (1000 if size <= data.SMALL else 3100)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -300,13 +325,17 @@ def main(argv=None):
         found = measure(x, x_rec, error)
         title = (f"Natural pre-images after {iteration} of {iterations} iterations, {a['arch']}, "
                  f"{dataset.description if dataset else 'image files'}\n{differences(a, b)}")
-        draw(args.out / "figure2.png", x, names, x_rec, found, title)
+        draw(args.out / "figure2.png", x[:SHOWN], names, x_rec[:, :SHOWN], found, title)
     for name, values in zip(COLUMNS, found):
         means = LABEL.format(**{key: np.mean(value) for key, value in values.items()})
-        ddp.say(f"{name}: {means}".replace("\n", ", "))
-    content = {"columns": COLUMNS, "images": names, "panels": found, "iterations": iterations,
-               "seed": args.seed, "encoders": [a, b], "minutes": (time.time() - began) / 60,
-               **run.machine(device)}
+        ddp.say(f"{name}, mean of {len(x)} images: {means}".replace("\n", ", "))
+    compared = differences_to_first(found) if len(x) > 1 else []
+    for name, values in zip(COLUMNS[1:], compared):
+        pairs = ", ".join(f"{key} {mean:+.3f} ± {half:.3f}" for key, (mean, half) in values.items())
+        ddp.say(f"{name}, less {COLUMNS[0]}: {pairs}")
+    content = {"columns": COLUMNS, "images": names, "panels": found,
+               "differences_to_first": compared, "iterations": iterations, "seed": args.seed,
+               "encoders": [a, b], "minutes": (time.time() - began) / 60, **run.machine(device)}
     (args.out / "figure2.json").write_text(json.dumps(content, indent=1))
     ddp.say(f"figure2.png and figure2.json in {args.out}")
 

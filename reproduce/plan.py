@@ -343,5 +343,7 @@ def pictures(items, place, seed):
             for flag in ROWS[item]:
                 name = cells(place.scale)[item, flag, "MoCo v2"].name
                 words += [*flag.split(), f"{place.out(name)}-seed{seed}/checkpoint.pt"]
+            if item == "figure2" and kind(place.scale) != "imagenet":
+                words += ["--n-images", "16"]                   # cheap where images are small
             found[item] = [*words, *place.data, "--out", f"results/{place.name}"]
     return found

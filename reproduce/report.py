@@ -173,6 +173,29 @@ def section3(place, found):
     figure.savefig(place.folder / "section3.png", dpi=90)
 
 
+def picture_table(path):
+    """Lines of markdown with what the file `path`, beside Figure 2 or 3, says; none without it."""
+    if not path.exists():
+        return []
+    kept = json.loads(path.read_text())
+    if path.stem == "figure2":
+        measures = list(kept["panels"][0])
+        lines = [[f"mean of {len(kept['images'])} images", *measures]]
+        for name, values in zip(kept["columns"], kept["panels"]):
+            lines.append([name, *(f"{mean(values[measure]):.3f}" for measure in measures)])
+        for name, values in zip(kept["columns"][1:], kept["differences_to_first"]):
+            pairs = ["{:+.3f} ± {:.3f}".format(*values[measure]) for measure in measures]
+            lines.append([f"{name}: difference to the first (95 %)", *pairs])
+    else:
+        lines = [["features", "", "silhouette", "neighbours of the same class or image, %"]]
+        for row in kept["rows"]:
+            for panel in row["panels"]:
+                silhouette, agreement = panel["silhouette"][0], panel["agreement"][0]
+                lines.append([row["what"], panel["name"], f"{silhouette:.2f}", f"{agreement:.1f}"])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
 def places():
     """The scales' own places, and all others that hold runs."""
     found = {scale: plan.Place(scale, scale) for scale in (*plan.PLACEHOLDER, *plan.NAMED)}
@@ -223,6 +246,8 @@ def section(place):
     for item, title in plan.TITLES.items():
         picture = place.folder / f"{item}.png"
         shown = [f"![{title}]({place.name}/{picture.name})", ""] if picture.exists() else []
+        if item in plan.PICTURES:
+            shown += picture_table(picture.with_suffix(".json"))
         answers = probed(item, place, found)
         if item in plan.TABLES and answers - known:
             shown += [*table(item, place, found), ""]

@@ -309,7 +309,8 @@ def save(folder, arch, kind, dim=128, script="moco_v2"):
 def test_figure_2_and_figure_3_are_drawn_from_the_default_runs(made, inside):
     out = inside(dip_inversion, "--iterations", "3", cwd=made)
     assert "12 panels of 32 pixels, 517615 weights each" in out
-    assert "hidden (the paper's z), with MLP head: feature error" in out
+    assert "hidden (the paper's z), with MLP head, mean of 4 images: feature error" in out
+    assert "h, with MLP head, less h, without MLP head: feature_error " in out
     found = json.loads((made / "runs/dip_inversion/figure2.json").read_text())
     assert len(found["panels"]) == 3
     assert len(found["panels"][0]["psnr"]) == 4
@@ -343,7 +344,8 @@ def test_figure_2_is_drawn_from_image_files_and_from_folders_without_test_images
     for argv, names in [
             (["--images", photos / "one.png", photos / "two.png"], ["one", "two"]),
             ([photos], ["image 0", "image 1"]),
-            ([small], ["cat", "dog"]),
+            ([small], ["cat", "dog", "cat", "dog"]),
+            ([small, "--n-images", "1"], ["cat"]),
             ([classes], ["image 0", "image 14", "image 28", "image 43"])]:
         inside(dip_inversion, *given, "--out", tmp_path / "out", *argv, cwd=made)
         assert json.loads((tmp_path / "out/figure2.json").read_text())["images"] == names
@@ -430,6 +432,13 @@ def test_bad_input_gets_one_line(made, tmp_path, monkeypatch):
         tsne_aug.main([])
     with pytest.raises(UserError):
         dip_inversion.main([])
+
+
+def test_columns_of_figure_2_are_compared_in_pairs():
+    first, other = {"psnr": [10., 11., 15.]}, {"psnr": [12., 12., 18.]}
+    compared, = dip_inversion.differences_to_first([first, other])
+    # 2, 1 and 3: mean 2, standard deviation 1; the 97.5 % quantile of t with 2 degrees is 4.303
+    assert compared["psnr"] == pytest.approx([2., 4.30265 / 3 ** .5], rel=1e-5)
 
 
 def test_figure_2_says_what_else_differs_between_the_encoders():

@@ -288,7 +288,18 @@ def test_readme_cells_are_the_runs_of_their_setting(root):
 def test_pictures_are_shown_if_they_are_there(root):
     (root / "results/textures").mkdir()
     (root / "results/textures/figure2.png").write_text("")
+    measures = dict(zip(("feature_error", "structure"), ([.5, .25], [.1, .2])))
+    (root / "results/textures/figure2.json").write_text(json.dumps({
+        "columns": ["h", "z"], "images": ["cat", "dog"], "panels": [measures, measures],
+        "differences_to_first": [{"feature_error": [0, .5], "structure": [-.25, .125]}]}))
     text = report.page()
+    assert """
+| mean of 2 images | feature_error | structure |
+| --- | --- | --- |
+| h | 0.375 | 0.150 |
+| z | 0.375 | 0.150 |
+| z: difference to the first (95 %) | +0.000 ± 0.500 | -0.250 ± 0.125 |
+""" in text
     assert "## results/textures" in text and "(textures/figure2.png)" in text
     assert "figure3.png" not in text and "Claims" not in text
 
