@@ -242,6 +242,7 @@ def read_encoder(path, flag, scale, preset, hidden):
         raise UserError(f"{flag} {path}: no such file; make it with "
                         f"`python moco_v2.py [DATA] --preset {preset}`")
     encoder, settings = load_encoder(path)
+    settings.pop("data", None)                  # a path of this machine
     if hidden != any(isinstance(module, nn.ReLU) for module in encoder.g.modules()):
         problem = "a hidden layer is needed" if hidden else "no hidden layer is expected"
         raise UserError(f"{flag} {path}: {problem} in the projection head of this encoder")

@@ -275,6 +275,8 @@ def main(argv=None):
         what = (f"{args.classes} images, {args.per_class} views of each, by instance (h of the "
                 "contrastive model; z: logits of the supervised model)")
         rows.append(row(what, names, labels, named, args))
+    for _, settings in models.values():
+        settings.pop("data", None)              # a path of this machine
     args.out.mkdir(parents=True, exist_ok=True)
     draw(args.out / "figure3.png", rows, labels,
          f"t-SNE maps with perplexity {args.perplexity:g}: {dataset.description}")

@@ -126,8 +126,9 @@ OURS = [Claim(*fields) for fields in (
 # Claims without a test: the pictures show n = 1 encoder of each kind, and some images.
 UNTESTED = (
     ("h of the encoder with head inverts better than h without", "Sec. 3, Fig. 2",
-     "see the picture"),
-    ("h inverts better than hidden, the paper's z", "Sec. 3, Fig. 2", "see the picture"),
+     "see the picture and its table"),
+    ("h inverts better than hidden, the paper's z", "Sec. 3, Fig. 2",
+     "see the picture and its table"),
     ("strong augmentation merges the classes", "Sec. 4, Fig. 3", "see the picture"),
     ("without the head, or with momentum .5, few negatives hurt more than with MoCo v2", "Sec. 5",
      "tested is only whether they hurt"),

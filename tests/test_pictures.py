@@ -298,7 +298,7 @@ def save(folder, arch, kind, dim=128, script="moco_v2"):
     torch.manual_seed(0)
     f = resnet(arch)
     settings = {"script": script, "arch": arch, "head": kind, "dim": dim, "scale": "textures",
-                **SETTINGS}
+                "data": "/a/path", **SETTINGS}
     folder.mkdir(parents=True, exist_ok=True)
     content = {"f": f.state_dict(), "g": head(kind, f.width, dim).state_dict(),
                "settings": settings}
@@ -326,6 +326,7 @@ def test_figure_2_and_figure_3_are_drawn_from_the_default_runs(made, inside):
     assert rows[0]["what"].startswith("10 logits of a supervised model")
     assert all(0 <= panel["agreement"][0] <= 100 for panel in rows[0]["panels"])
     for name in ("dip_inversion/figure2", "tsne_aug/figure3"):
+        assert "/a/path" not in (made / f"runs/{name}.json").read_text()
         with Image.open(made / f"runs/{name}.png") as picture:
             assert picture.size[0] > 900
             assert len(np.unique(np.asarray(picture).reshape(-1, 4), axis=0)) > 100

@@ -395,8 +395,9 @@ import json, pathlib, sys
 encoder = pathlib.Path(sys.argv[sys.argv.index("--encoder") + 1])
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 assert encoder.parent.is_dir() and ("K-16" in str(encoder)) == ("K-16" in str(out))
-start = dict(event="start", step=0, time=0, settings=dict(scale="scenes"), device="", processes=1,
-             threads=1, torch="", python="", commit="")
+start = dict(event="start", step=0, time=0, device="", processes=1, threads=1,
+             settings=dict(scale="scenes", encoder=str(encoder.resolve())),
+             torch="", python="", commit="")
 (out / "log.jsonl").write_text(json.dumps(start))
 (out / "result.json").write_text(json.dumps(dict(AP=41.5, AP50=70., AP75=40., AP50_by_class={})))
 (out / "detections.png").write_text(str(out))
@@ -413,6 +414,8 @@ def test_detection_trains_the_encoder_and_keeps_the_ap(fake, capsys):
     run = "voc_detection-moco_v2-table3-K-16-seed3"
     kept = json.loads((fake / f"results/textures/runs/{run}.json").read_text())
     assert kept["features"] == {"detection": {"AP": 41.5, "AP50": 70., "AP75": 40.}}
+    encoder = "runs/reproduce/textures/moco_v2-table3-K-16-seed3/checkpoint.pt"
+    assert kept["settings"]["encoder"] == encoder               # without the path of a machine
     assert [command.split()[1] for command in kept["commands"]] == ["moco_v2.py", "-m"]
     picture = (fake / "results/textures/detection.png").read_text()
     assert "many" in rows[-1] and picture.endswith("voc_detection-moco_v2-table1-seed3")
