@@ -29,8 +29,8 @@ from torch import nn
 from common import UserError, augment, data, ddp, run, train
 from common.checkpoint import FAIR, load_encoder
 
-# As released by Ulyanov et al.: layers of R from the image's size downwards, channels of the noise
-# and of the skip connections, slope of LeakyReLU, learning rate of Adam.
+# Values of the release of Ulyanov et al.: channels and kernel sizes of R's levels, finest first;
+# channels of the noise and of the skip connections; slope of LeakyReLU; learning rate of Adam.
 WIDTHS, KERNELS = (16, 32, 64, 128, 128, 128), (7, 7, 5, 5, 3, 3)
 NOISE, SKIP, SLOPE, LR = 32, 4, .2, 1e-3
 COLUMNS = ("h, without MLP head", "h, with MLP head", "hidden (the paper's z), with MLP head")
@@ -181,7 +181,7 @@ def structure(x, y, flat=.02):
 
 
 def measure(x, x_rec, error):
-    """For each of C columns, a dict of lists over the n images; `psnr` is in dB."""
+    """A list of C dicts, {measure: list over the n images}; `psnr` is in dB."""
     return [{"feature_error": e.tolist(), "psnr": psnr(x, y).tolist(),
              "colour_distance": colour_distance(x, y).tolist(),
              "structure": structure(x, y).tolist()} for y, e in zip(x_rec, error)]
@@ -278,7 +278,7 @@ def draw(path, x, names, x_rec, found, title):
     from matplotlib.figure import Figure                        # slow to import
     figure = Figure(figsize=(10.5, 3.3 * len(x) + .8), layout="constrained")
     axes = figure.subplots(len(x), 1 + len(COLUMNS), squeeze=False)
-    for row, name in enumerate(names[:len(x)]):
+    for row, name in enumerate(names):
         labels = [name]
         for values in found:
             labels.append(LABEL.format(**{key: value[row] for key, value in values.items()}))
@@ -306,8 +306,8 @@ def main(argv=None):
     kinds = (no_head, "h", a), (with_head, "h", b), (with_head, "hidden", b)
     columns = [column(encoder, feature, settings["normalisation"], device)
                for encoder, feature, settings in kinds]
-    names, chosen = image_files(args.images, size) if args.images else choose(
-        dataset, args.n_images)
+    names, chosen = (image_files(args.images, size) if args.images
+                     else choose(dataset, args.n_images))
     x = torch.cat(list(data.whole(chosen, size=size, batch=64, device=device, workers=0))) / 255
     iterations = args.iterations or (1000 if size <= data.SMALL else 3100)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -326,7 +326,8 @@ def main(argv=None):
         found = measure(x, x_rec, error)
         title = (f"Natural pre-images after {iteration} of {iterations} iterations, {a['arch']}, "
                  f"{dataset.description if dataset else 'image files'}\n{differences(a, b)}")
-        draw(args.out / "figure2.png", x[:SHOWN], names, x_rec[:, :SHOWN], found, title)
+        draw(args.out / "figure2.png", x[:SHOWN], names[:SHOWN], x_rec[:, :SHOWN], found,
+             title)
     for name, values in zip(COLUMNS, found):
         means = LABEL.format(**{key: np.mean(value) for key, value in values.items()})
         ddp.say(f"{name}, mean of {len(x)} images: {means}".replace("\n", ", "))

@@ -205,7 +205,7 @@ def flags():
 def check(args):
     """Raises UserError if settings do not fit together; prints notes on unusual ones."""
     train.check_batch(args.images, args.batch_size, args.bn_group)
-    if args.stack == "moco_v1" and (args.blur or args.jitter != .5):
+    if args.stack == "moco_v1" and (args.blur or args.jitter != MOCO_V2["jitter"]):
         raise UserError("--preset moco-v1: expected neither --jitter nor --blur; its augmentation "
                         "is fixed")
     if args.K > args.images - args.batch_size:

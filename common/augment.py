@@ -32,7 +32,7 @@ CHOICES = ("blur", "flip", "gray")                              # operations of 
 GRAY = (.2989, .587, .114)                                      # ITU-R 601, as in PIL
 BLUR_SIGMA = (.1, 2.)                                           # pixels
 BLUR_RADIUS = 8                                                 # pixels: 4 sigma
-CACHED = 8 * 3 * 224 ** 2                                       # numbers that fit a CPU's cache
+CACHED = 8 * 3 * 224 ** 2                                       # values that fit into a CPU's cache
 
 
 def generator(purpose, *key):

@@ -141,7 +141,7 @@ def quick_probe(train, labels, test, test_labels, seed=0, copies=1):
         weights[next_penalty] = _logistic(x, y, classes, next_penalty, variance, weights[penalty])
         penalty = next_penalty
         held_out[penalty] = _accuracy(train[held], labels[held], weights[penalty])
-        if held_out[penalty] < max(held_out.values()) - 1:      # clearly past the best
+        if held_out[penalty] < max(held_out.values()) - 1:      # the best penalty has been passed
             break
     best = max(held_out, key=held_out.get)
     weight = _logistic(train, labels, classes, best, variance, weights[best], iterations=300)

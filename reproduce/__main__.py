@@ -112,10 +112,10 @@ def keep(name, script, flags, place, description):
     seconds = sum(after["time"] - before["time"] for before, after in zip(events, events[1:])
                   if after["event"] != "start")                 # else it was stopped in between
     start = events[0] if events else {**result, "settings": {"scale": plan.kind(place.scale)}}
-    settings, root = start["settings"], f"{plan.ROOT}/"
+    settings = start["settings"]
     settings.pop("data", None)                                  # a path of this machine
     if settings.get("encoder"):
-        settings["encoder"] = settings["encoder"].removeprefix(root)
+        settings["encoder"] = settings["encoder"].removeprefix(f"{plan.ROOT}/")
     shown = dataclasses.replace(place, data=plan.PLACEHOLDER[plan.kind(place.scale)],
                                 voc=["VOCDEVKIT"] if place.voc else [])
     commands = [shlex.join(words) for words in plan.commands(name, script, flags, shown)]

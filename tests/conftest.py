@@ -75,7 +75,7 @@ def spawn(function, *args, world=2):
 
 
 def in_two_processes(script, *argv, cwd):
-    """Call a script's `main` in two processes of one thread, as torchrun does, but sooner."""
+    """Call a script's `main` in two processes of one thread, without torchrun's start-up time."""
     spawn(_main, script.__name__, [str(a) for a in argv], cwd)
 
 

@@ -129,6 +129,7 @@ def test_torchrun_with_two_processes_is_stopped_resumed_and_ends_as_one_process_
             "--epochs", "4", "--n-evals", "1", "--negatives", "hard"]
     inside(moco_v2, *argv, "--out", "one", cwd=tmp_path)
     in_two_processes(moco_v2, *argv, "--max-steps", "2", cwd=tmp_path)
+    assert [e["step"] for e in entries(tmp_path / "out", "stopped")] == [2]
     assert load(tmp_path / "out/checkpoint.pt")["step"] == 2
     ended = run("moco_v2.py", *argv, cwd=tmp_path, torchrun=2, **ONE)
     assert "continuing at step 2 of 4 in out" in ended.stdout
