@@ -108,7 +108,9 @@ class SmallConv2d(nn.Conv2d):
         (top, bottom), (left, right) = (self._used(axis, x.shape[2 + axis]) for axis in (0, 1))
         if (bottom - top, right - left) == self.kernel_size:
             return super().forward(x)
-        weight = self.weight[:, :, top:bottom, left:right]
+        # Padding by negative widths: the gradient keeps the memory format, unlike that of a slice.
+        height, width = self.kernel_size
+        weight = F.pad(self.weight, (-left, right - width, -top, bottom - height))
         padding = self.padding[0] - top, self.padding[1] - left
         return F.conv2d(x, weight, self.bias, self.stride, padding)
 
