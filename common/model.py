@@ -98,28 +98,24 @@ class _NormaliseGroups(torch.autograd.Function):
 
 
 class SmallConv2d(nn.Conv2d):
-    """A convolution that leaves out the kernel's rows and columns that only see padding.
+    """A convolution that is computed as a matrix product where its output is a single pixel.
 
-    The result is the same. In the last stage of a ResNet on 32 pixels, where images are 1x1, this
-    leaves one of nine weights: a step of ResNet-10 takes a third less time.
+    The result is the same, and weights that only see padding are left out. In the last stage of a
+    ResNet on 32 pixels, where images are 1x1, one of nine weights remains: a step of ResNet-10
+    takes a quarter less time.
     """
 
-    def forward(self, x):
-        (top, bottom), (left, right) = (self._used(axis, x.shape[2 + axis]) for axis in (0, 1))
-        if (bottom - top, right - left) == self.kernel_size:
+    def forward(self, x):                                       # (N, C, H, W)
+        size = zip(x.shape[2:], self.kernel_size, self.padding, self.stride)
+        if any(length + 2 * padding - kernel >= stride for length, kernel, padding, stride in size):
             return super().forward(x)
+        (height, width), (top, left) = self.kernel_size, self.padding
+        bottom, right = max(0, height - top - x.shape[2]), max(0, width - left - x.shape[3])
         # Padding by negative widths: the gradient keeps the memory format, unlike that of a slice.
-        height, width = self.kernel_size
-        weight = F.pad(self.weight, (-left, right - width, -top, bottom - height))
-        padding = self.padding[0] - top, self.padding[1] - left
-        return F.conv2d(x, weight, self.bias, self.stride, padding)
-
-    def _used(self, axis, length):
-        """The range of the kernel's rows (axis 0) or columns that touch an image of that length."""
-        kernel, padding, stride = self.kernel_size[axis], self.padding[axis], self.stride[axis]
-        if length + 2 * padding - kernel >= stride:     # several positions: all are used
-            return 0, kernel
-        return padding, min(kernel, padding + length)
+        weight = F.pad(self.weight, (-left, -right, -top, -bottom))
+        x = x[:, :, :weight.shape[2], :weight.shape[3]]
+        x, weight = (tensor.permute(0, 2, 3, 1).flatten(1) for tensor in (x, weight))
+        return F.linear(x, weight, self.bias)[:, :, None, None]
 
 
 def resnet(arch, bn_group=None, norm=None):
