@@ -132,6 +132,23 @@ def figure4(place, found):
     figure.savefig(place.folder / "figure4.png", dpi=110)
 
 
+def steps(place, found):
+    """A line on the steps of training behind Figure 4: the epochs are the same for all methods."""
+    kept, cells, parts = kept_runs(place), plan.cells(place.scale), []
+    for row in rows_run("figure4", found):
+        counts = {}
+        for column in plan.columns("figure4", place.scale):
+            for run in kept:
+                if run["name"].startswith(f"{cells['figure4', row, column].name}-seed"):
+                    settings = run["settings"]
+                    counts[column] = (settings["images"] // settings["batch_size"]
+                                      * settings["epochs"])
+        each = ", ".join(f"{count} at {column}" for column, count in counts.items())
+        same = len(set(counts.values())) == 1
+        parts.append(f"{row} {next(iter(counts.values())) if same else each}")
+    return f"Steps of training: {'; '.join(parts)}."
+
+
 def length(place, found):
     """What the projection head gains over the epochs of training, with intervals of 95 %."""
     from matplotlib.figure import Figure                        # slow to import
@@ -254,6 +271,8 @@ def section(place):
         known |= answers
         if shown:
             lines += [f"### {title}", "", *shown]
+            if item == "figure4":
+                lines += [steps(place, found), ""]
     return [f"## results/{place.name}", "", *lines] if lines else []
 
 

@@ -180,13 +180,16 @@ def test_every_claim_names_cells_that_exist():
 
 
 def keep(place, name, top1, flags=(), **features):
-    """A run as `reproduce.keep` writes it, without what the report does not read."""
+    """A run of 1000 images as `reproduce.keep` writes it, without what the report does not read."""
+    batch = re.search(r"batch-size-(\d+)", name)
     answers = {feature: dict.fromkeys(plan.PREDICTIONS, value)
                for feature, value in {"h": top1, **features}.items()}
     if name.startswith("voc_detection"):
         answers = {"detection": {"AP": top1, "AP50": top1 + 30, "AP75": top1 - 5}}
     run = {"name": name, "data": "images", "features": answers, "flags": list(flags),
-           "minutes": 30., "settings": {"scale": place.scale}, "scale": place.scale,
+           "minutes": 30., "scale": place.scale,
+           "settings": {"scale": place.scale, "images": 1000, "epochs": 3,
+                        "batch_size": int(batch[1]) if batch else 64},
            "device": "a computer", "torch": "2.0", "commit": "abc",
            "commands": [f"python {name.split('-')[0]}.py --out x"]}
     path = place.folder / f"runs/{name}.json"
@@ -252,6 +255,9 @@ def test_tables_claims_and_figure_4_are_written_from_the_runs_that_there_are(roo
     assert bool(re.search(row, text)) == (scale in plan.DETECTION), text
     assert f"{len(runs)} runs, {len(runs) / 2:.1f} hours of training; flags: none" in text
     assert re.search(r"a fixed random head beats none .* \| \+3.7 \| [-+]\d", text)
+    each = ", ".join(f"{1000 // max(16, K // 2) * 3} at K = {K}" for K in plan.LADDER[scale])
+    assert "Steps of training: MoCo v2 45; MoCo v2, hard negatives 45; " in text
+    assert f"InstDisc 45; SimCLR {each}." in text
     table = "\n".join(claims.table(report.results(place, claims.FIRST_SEED), scale))
     assert table in text and table in (place.folder / "claims.md").read_text()
     (place.folder / f"runs/{list(runs)[0]}.json").unlink()      # a seed of Table 1's first row
