@@ -111,7 +111,7 @@ class SmallConv2d(nn.Conv2d):
             return super().forward(x)
         (height, width), (top, left) = self.kernel_size, self.padding
         bottom, right = max(0, height - top - x.shape[2]), max(0, width - left - x.shape[3])
-        # Padding by negative widths: the gradient keeps the memory format, unlike that of a slice.
+        # Negative padding crops. Unlike a slice, its gradient has the memory format of the weight.
         weight = F.pad(self.weight, (-left, -right, -top, -bottom))
         x = x[:, :, :weight.shape[2], :weight.shape[3]]
         x, weight = (tensor.permute(0, 2, 3, 1).flatten(1) for tensor in (x, weight))

@@ -4,6 +4,7 @@ import json
 import shlex
 from statistics import mean, stdev
 
+from common import data
 from reproduce import claims, plan, verdicts
 
 INTRODUCTION = """# Results
@@ -132,17 +133,17 @@ def figure4(place, found):
     figure.savefig(place.folder / "figure4.png", dpi=110)
 
 
-def steps(place, found):
+def steps(place, kept, found):
     """A line on the steps of training behind Figure 4: the epochs are the same for all methods."""
-    kept, cells, parts = kept_runs(place), plan.cells(place.scale), []
+    cells, parts = plan.cells(place.scale), []
     for row in rows_run("figure4", found):
         counts = {}
         for column in plan.columns("figure4", place.scale):
             for run in kept:
                 if run["name"].startswith(f"{cells['figure4', row, column].name}-seed"):
                     settings = run["settings"]
-                    counts[column] = (settings["images"] // settings["batch_size"]
-                                      * settings["epochs"])
+                    counts[column] = settings["epochs"] * data.steps_per_epoch(
+                        settings["images"], settings["batch_size"])
         each = ", ".join(f"{count} at {column}" for column, count in counts.items())
         same = len(set(counts.values())) == 1
         parts.append(f"{row} {next(iter(counts.values())) if same else each}")
@@ -272,7 +273,7 @@ def section(place):
         if shown:
             lines += [f"### {title}", "", *shown]
             if item == "figure4":
-                lines += [steps(place, found), ""]
+                lines += [steps(place, kept, found), ""]
     return [f"## results/{place.name}", "", *lines] if lines else []
 
 
