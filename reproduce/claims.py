@@ -270,7 +270,7 @@ def table(found, scale):
             decided = verdict.verdict in ("shown", "contradicted")
             n = "/".join(str(count) for count in verdict.n)
             rows.append(f"| {claim.text} | {claim.section} | {papers(claim, judge)} | "
-                        f"{verdict.estimate:+.2f} ± {verdict.half:.2f} | {n} | {text} | "
+                        f"{verdict.estimate:+.1f} ± {verdict.half:.1f} | {n} | {text} | "
                         f"{'yes' if remains and decided else ''} |")
         lines += [f"### {title}", "", *(HEADER + rows + [""] if rows else [])]
         if missing:

@@ -235,9 +235,11 @@ def collapse(baseline, untrained, cell, prior=None):
     cells = [baseline, untrained, cell]
     lost = judge("positive", [[.5, .5, -1.]], cells, prior)
     gain = judge("positive", [[1., -1., 0.]], cells, prior)
-    if lost.verdict in ("shown", "contradicted") and gain.verdict != "shown":
-        p = max(lost.p, gain.p) if gain.estimate > 0 else 1.
-        return lost._replace(verdict="not resolved", p=p, seeds=gain.seeds)
+    if lost.verdict not in ("shown", "contradicted"):
+        return lost
+    lost = lost._replace(p=max(lost.p, gain.p) if gain.estimate > 0 else 1.)    # both must hold
+    if gain.verdict != "shown":
+        return lost._replace(verdict="not resolved", seeds=gain.seeds)
     return lost
 
 

@@ -306,6 +306,11 @@ def test_collapse_is_the_loss_of_half_of_the_gain():
     for start in (60., 70.):
         found = verdicts.collapse(baseline, list(start + noise), list(45 + noise))
         assert found.verdict == "not resolved" and found.p > .05
+    # The p-value is that of the weaker test, here of the gain.
+    untrained = list(59 + noise)
+    found = verdicts.collapse(baseline, untrained, list(20 + noise))
+    gain = verdicts.judge("positive", [[1., -1.]], [baseline, untrained])
+    assert found.verdict == "shown" and .02 < found.p == gain.p < .03
 
 
 def test_a_contrast_that_hangs_on_one_cell_has_the_stricter_test_for_outliers():
