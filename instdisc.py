@@ -41,7 +41,7 @@ def nce(positive, negatives, Z, n):
     slot is the image's own. The loss is -log h of the positive, minus the sum of log(1 - h) of the
     negatives. If P = 1 / n everywhere, it is ln(K + 1) + K ln(1 + 1 / K).
     """
-    shift = torch.log(Z * negatives.shape[1] / n)
+    shift = torch.log(Z * negatives.shape[1] / n)               # s with P = K / n: there, h is 1/2
     return (F.softplus(shift - positive) + F.softplus(negatives - shift).sum(1)).mean()
 
 

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import zlib
 from pathlib import Path
 
@@ -187,7 +188,7 @@ SUPERVISED = {
 STRONG = dict(stack="moco_v2", crop=(.2, 1.))
 PRESETS = {
     "probe": {},
-    "supervised": {},                                   # this and all below need --train all
+    "supervised": {},           # this and all below need --train all: Table 2's other columns
     "supervised-mlp": dict(head="mlp"),
     "table2a-baseline": dict(STRONG),
     "table2a-medium": dict(STRONG, crop=(.2, .5)),
@@ -231,11 +232,14 @@ def check(args):
             raise UserError(f"--{name}: expected one, or several with --quick")
     if args.predict and not args.quick:
         raise UserError("--predict: needs --quick")
+    if args.quick and args.out and len(args.encoder or []) > 1:
+        raise UserError("--out: expected one encoder; the result of each is written beside it")
 
 
 def newest_checkpoint():
-    """The path of the newest checkpoint under runs/. Raises UserError if there is none."""
-    found = Path("runs").glob("*/checkpoint.pt")
+    """The path of the newest encoder under runs/. Raises UserError if there is none."""
+    found = [path for path in Path("runs").glob("*/checkpoint.pt")
+             if not re.match("linear_probe-[a-z0-9]+-probe|voc_detection", path.parent.name)]
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise UserError("no checkpoint under runs/: run moco_v2.py, or name one with --encoder")
@@ -270,7 +274,10 @@ def read_encoders(args):
 
 
 def quick(args):
-    """The quick probe of every encoder and feature, as a table and as quick-FEATURE.json."""
+    """The quick probe of every encoder and feature, as a table and as quick-FEATURE.json.
+
+    In --out, or in probe/ beside the encoder.
+    """
     device, asked = ddp.init(args.device), args.predict or ["class"]
     encoders, dataset = read_encoders(args)
     sampled = split(dataset, args.seed)
@@ -288,9 +295,12 @@ def quick(args):
                                   options, args.seed) for what in asked}
             row = f"random ({settings['arch']})" if name == "random" else name
             say_row(found, "top1", f"{row}, {feature}")
-            out = Path(name).parent / "probe" if Path(name).is_file() else args.out
+            file = Path(name) if Path(name).is_file() else None
+            out = args.out or file and file.parent / "probe"
             if out and ddp.rank() == 0:
-                path = Path(out) / f"quick-{feature}.json"
+                # Files with other names, such as FAIR's, may share a folder.
+                of = f"-{file.name.split('.')[0]}" if file and file.name != "checkpoint.pt" else ""
+                path = Path(out) / f"quick{of}-{feature}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(
                     {"encoder": name, "feature": feature, "data": dataset.description,
@@ -317,8 +327,8 @@ def prepare_probe(argv, first):
     args.encoder_fingerprint = fingerprint(encoder)
     n = len(dataset.train)
     if args.batch_size > n:
-        args.lr, args.batch_size = args.lr * n / args.batch_size, n
-        ddp.say(f"note: batch size {n}, all images; learning rate {args.lr:g} by the linear rule")
+        args.lr, args.batch_size = first.lr or args.lr * n / args.batch_size, n
+        ddp.say(f"note: batch size {n}, all images, and learning rate {args.lr:g}")
     args.encoder, [args.feature] = name, first.feature
     if Path(name).is_file():
         folder = "probe" if args.feature == "h" else f"probe-{args.feature}"
@@ -367,6 +377,7 @@ def main(argv=None):
     prepare = prepare_supervised if first.train == "all" else prepare_probe
     args, dataset, frozen = prepare(argv, first)
     args.images, args.classes, args.data = len(dataset.train), len(dataset.classes), dataset.path
+    args.images_hash = dataset.hash
     model, logits_of, optimizer = build(args, device, frozen)
     before = fingerprints(frozen) if frozen else None
     options = train.feature_options(args, device)

@@ -49,7 +49,7 @@ class MoCo(nn.Module):
     def encode_keys(self, x2, permutation):
         """k (W N, D) of all images, in order; x2 (N, 3, H, W) comes from `shuffle`."""
         k = unit(self.embed_k(x2))                              # (N, D)
-        return ddp.all_gather(k)[permutation.argsort()]
+        return ddp.all_gather(k)[permutation.argsort()]         # undo the shuffle
 
     @torch.no_grad()
     def momentum_update(self):
@@ -94,7 +94,7 @@ def train_step(moco, optimizer, x1, x2, permutation, step, ranks=None):
     """
     q = unit(moco.embed_q(x1))                                  # (N, D)
     k = moco.encode_keys(x2, permutation)                       # (W N, D)
-    positive = (q * k[ddp.rows(len(k))]).sum(1)                 # (N,)
+    positive = (q * k[ddp.rows(len(k))]).sum(1)                 # (N,), keys of the same images
     negatives = q @ moco.queue.T                                # (N, K)
     if ranks is not None:                       # Sec. 5: sort by similarity, then sample
         negatives = negatives.sort(1, descending=True).values.gather(1, ranks)
@@ -157,7 +157,7 @@ SCALES = {
 }
 PRESETS = {
     "table1": {},                                       # MoCo v2
-    "table1a": dict(head="none"),                       # without projection head
+    "table1a": dict(head="none"),                       # no MLP; the last layer remains
     "table1b": dict(head="fixed"),                      # random and frozen
     "table1c": dict(head="deep"),                       # fc-ReLU-fc-ReLU
     "table1d": dict(head="narrow"),                     # 2048 -> 128
@@ -168,7 +168,7 @@ PRESETS = {
     "table2b-quarter": dict(jitter=1 / 4),
     "table2b-half": dict(jitter=1 / 2),                 # MoCo v2's own strength
     "table2b-full": dict(jitter=1.),
-    "table3": dict(long=True),
+    "table3": dict(long=True),                          # 200 epochs, as in Figure 4
     "table3a": dict(head="none", long=True),
     "table3b": dict(blur=False, long=True),
     "table3c": dict(schedule="steps", long=True),

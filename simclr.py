@@ -52,7 +52,7 @@ def train_step(embed, optimizer, x1, x2, temperature):
     """One step of SimCLR on N images; returns the loss. `embed` maps views x to z."""
     z = unit(embed(torch.cat([x1, x2]))).unflatten(0, (2, -1))                  # (2, N, D)
     z = ddp.all_gather_with_grad(z.transpose(0, 1)).transpose(0, 1).flatten(0, 1)   # (2 M, D)
-    loss = nt_xent(z, own_rows(len(z) // 2, z.device), temperature)             # Eq. (1)
+    loss = nt_xent(z, own_rows(len(z) // 2, z.device), temperature)             # twice Eq. (1)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -91,7 +91,7 @@ def chunked_step(encoder, embed, no_sync, optimizer, views, n, parts, temperatur
     z.requires_grad_()
     rows, loss = own_rows(len(z) // 2, z.device), 0.
     for block in rows.split(max(1, BLOCK // len(z))):
-        share = nt_xent(z, block, temperature) * len(block) / len(rows)         # Eq. (1)
+        share = nt_xent(z, block, temperature) * len(block) / len(rows)         # twice Eq. (1)
         share.backward()
         loss += share.detach()
     # Each loss depends on all embeddings: sum over processes, as `all_gather_with_grad` does.

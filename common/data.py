@@ -107,8 +107,11 @@ def _open(path):
 
 def _cifar10(folder):
     """The pickles are read by torchvision, which verifies their checksums before."""
+    class CIFAR10(torchvision.datasets.CIFAR10):
+        base_folder = folder.name
+
     try:
-        sets = [torchvision.datasets.CIFAR10(folder.parent, train=train) for train in (True, False)]
+        sets = [CIFAR10(folder.parent, train=train) for train in (True, False)]
     except RuntimeError:
         raise UserError(f"{folder}: a file of CIFAR-10 is missing or its checksum is wrong")
     splits = [Images(torch.tensor(found.targets),
@@ -198,7 +201,7 @@ def _read(files, make, tasks, workers, pin=False):
     tasks, requested = itertools.tee(tasks)
     loader = DataLoader(_Files(files, make), batch_sampler=tasks, num_workers=workers,
                         generator=torch.Generator(), pin_memory=pin,
-                        prefetch_factor=4 if workers else None)
+                        prefetch_factor=4 if workers else None, worker_init_fn=leave_group)
     replaced = set()
     for task, (read, x) in zip(requested, loader):
         for (i, _), j in zip(task, read.tolist()):
@@ -210,6 +213,15 @@ def _read(files, make, tasks, workers, pin=False):
                             f"{MAX_BROKEN:.0%}; the first is {os.fsdecode(files[min(replaced)])}; "
                             "remove or repair them")
         yield read, x
+
+
+def leave_group(_):
+    """Keep a loader process alive when Ctrl-C or torchrun signals the script's process group.
+
+    The script finishes its step first, for which it may need more images.
+    """
+    if hasattr(os, "setpgrp"):                                  # not on Windows
+        os.setpgrp()
 
 
 @functools.cache                                # once in a process

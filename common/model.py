@@ -44,7 +44,8 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         groups = x.split(self.group)
         n, m, out = len(groups), self.momentum, []
         for i, group in enumerate(groups):
-            # Applied in turn, these momenta give every group the weight m / n.
+            # Applied in turn, these momenta give every group the weight m / n: with
+            # d_i = n - m (n - 1 - i), the i-th is m / d_i, and 1 minus it is d_(i-1) / d_i.
             momentum = m / (n - m * (n - 1 - i))
             out.append(F.batch_norm(group, self.running_mean, self.running_var, self.weight,
                                     self.bias, True, momentum, self.eps))
@@ -223,9 +224,9 @@ class Encoder(nn.Module):
     def embed(self, x, feature="h"):
         """Features of x (N, 3, H, W) by name: `h`, `hidden` or `z`.
 
-        `h` = f(x) (N, width). `hidden` is the activation after g's first ReLU, which Figure 2 (d)
-        calls z. `z` = g(h) (N, D). Raises UserError if `feature` is `hidden` and g has no hidden
-        layer.
+        `h` = f(x) (N, width). `hidden` is the activation after g's first ReLU, also in a deep
+        head; Figure 2 (d) calls it z. `z` = g(h) (N, D). Raises UserError if `feature` is `hidden`
+        and g has no hidden layer.
         """
         return self.project(self.f(x), feature)
 

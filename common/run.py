@@ -126,10 +126,14 @@ class Run:
             raise error or UserError("see the message of process 0")
         if ddp.rank() and self.path.exists():
             saved = checkpoint.read(self.path, checkpoint.CONTENT)
-        if saved is None:
-            return 0
-        checkpoint.restore(saved, self.state)
-        return saved["step"]
+        step = saved["step"] if saved else 0
+        steps = ddp.all_gather(torch.tensor([step], device=self.device)).tolist()
+        if len(set(steps)) > 1:
+            raise UserError(f"--out {self.out}: processes find checkpoints of steps {steps} there; "
+                            "it must be on a disk that all machines share")
+        if saved:
+            checkpoint.restore(saved, self.state)
+        return step
 
     def _recover(self):
         """Leave the newest intact checkpoint of this run at `path`; returns it, or None."""

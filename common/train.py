@@ -66,7 +66,7 @@ def parser(script, description, presets):
     add("--epochs", type=COUNT, metavar="n")
     add("--max-steps", type=COUNT, metavar="n", help="stop after this step; the schedule stays")
     add("--save-minutes", type=NON_NEGATIVE, default=30., metavar="t",
-        help="save this often, besides each epoch's end (default: 30; 0: every step)")
+        help="save this often, besides each epoch's end (default: 30; 0: as often as possible)")
     add("--n-evals", type=COUNT, metavar="n", help="evaluations in a run, at most one per epoch")
     add("--batch-size", type=COUNT, metavar="n", help="images per step, over all processes")
     add("--lr", type=POSITIVE, help="learning rate (default: scaled with the batch size)")
@@ -117,7 +117,7 @@ def settings(flags, argv, scale, scales, presets):
 
 def plain(value):
     """A setting as text without brackets and spaces, for the name of a folder."""
-    return str(value).strip("[()]").replace(" ", "")
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def begin(flags, argv, scales, presets):
@@ -190,8 +190,9 @@ def check_batch(n_images, batch_size, bn_group=2):
     problem = f"does not divide into groups of {bn_group} images on {world} process(es)"
     if batch_size > n_images:
         problem = f"larger than the data set of {n_images} images"
-    raise UserError(f"--batch-size {batch_size}: {problem}; {flag}--batch-size "
-                    f"{max(1, most // (group * world)) * group * world} would fit")
+    fits = max(1, most // (group * world)) * group * world
+    advice = f"{flag}--batch-size {fits}" if fits <= n_images else "fewer processes"
+    raise UserError(f"--batch-size {batch_size}: {problem}; {advice} would fit")
 
 
 def learning_rate(step, *, lr, schedule, warmup, epochs, steps_per_epoch, drops=(.6, .8)):

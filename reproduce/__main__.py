@@ -202,6 +202,8 @@ def main(argv=None):
             dry_run(place, runs, pictures)
     if args.dry_run:
         return 0
+    if not runs and not pictures:
+        raise UserError(f"{args.item}: does not exist at the scale {place.scale}")
     check(place, dataset.description)
     failed = []
     if not args.collect:

@@ -303,14 +303,25 @@ def probes(script, flags, scale):
     return found
 
 
+def processes(script, flags, scale):
+    """The number of processes: as many GPUs as a batch divides into whole groups on."""
+    if script == "voc_detection":
+        args = importlib.import_module("reproduce.voc_detection").SCALES[
+            "voc" if scale == "imagenet" else "scenes"]
+    else:
+        args = json.loads(settings(script, flags, kind(scale)))
+    return max((n for n in range(1, torch.cuda.device_count() + 1)
+                if args["batch_size"] % (n * args.get("bn_group", 1)) == 0), default=1)
+
+
 def commands(name, script, flags, place):
     """The training command, then the probes': lists of words.
 
     For detection, those of the encoder, which another item may have trained already, and of the
     fine-tuning.
     """
-    gpus = torch.cuda.device_count()
-    python = ["torchrun", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else ["python"]
+    n = processes(script, flags, place.scale)
+    python = ["torchrun", "--standalone", f"--nproc_per_node={n}"] if n > 1 else ["python"]
     if script == "voc_detection":
         name, (script, *flags), out = name.removeprefix("voc_detection-"), flags, place.out(name)
         training, encoder = [], "random"

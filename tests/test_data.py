@@ -99,6 +99,7 @@ def test_cifar10_is_read_by_torchvision_which_verifies_checksums(tmp_path, monke
         assert (len(found.train), len(found.test), found.scale) == (20, 4, "cifar10")
         assert torch.equal(found.test.pixels[3].flatten(), torch.from_numpy(pixels[3]))
         assert found.test.labels.tolist() == [0, 1, 2, 9]
+    assert len(data.open_data(folder.rename(tmp_path / "renamed")).train) == 20
 
 
 @pytest.mark.parametrize("memory", [True, False])

@@ -151,6 +151,13 @@ def test_a_folder_in_use_is_refused_also_with_fresh(small, tmp_path, inside, mon
     assert "stopped at step 1" in inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
 
 
+def test_a_folder_that_one_process_cannot_see_is_refused(small, tmp_path, inside, monkeypatch):
+    inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
+    monkeypatch.setattr("common.run.ddp.all_gather", lambda step: torch.cat([step, 0 * step]))
+    line = refused(moco_v2, small, *TINY)
+    assert "--out out: processes find checkpoints of steps [1, 0] there; it must be on a" in line
+
+
 RELIABILITY = (ROOT / "docs/reliability.md").read_text()
 SNIPPET = re.search(r"    #!/bin/bash\n.*?requeue[^\n]*\n\n", RELIABILITY, re.DOTALL)
 

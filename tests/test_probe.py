@@ -70,7 +70,7 @@ def test_a_probe_runs_reports_and_continues(made, inside):
     assert "finished already" in inside(linear_probe, *argv, cwd=made)
     out = inside(linear_probe, "--encoder", "moco/checkpoint.pt", "--epochs", "1", "--out", "one",
                  cwd=made)
-    assert "note: batch size 44, all images; learning rate 5.15625 by the linear rule" in out
+    assert "note: batch size 44, all images, and learning rate 5.15625" in out
 
 
 def test_the_probe_is_sgd_at_lr_30_divided_by_10_at_60_and_80_epochs():
@@ -341,12 +341,16 @@ def test_the_sides_of_a_prediction_share_no_image():
     assert len(test) == 20 and sorted([*train.files, *test.files]) == list(range(103))
 
 
-def test_an_encoder_that_was_trained_since_is_another_probe(made, inside, monkeypatch):
-    """A probe that is continued must be that of the same encoder."""
+def test_with_another_encoder_or_other_images_it_is_another_probe(made, inside, monkeypatch):
+    """A probe that is continued must be that of the same encoder on the same images."""
     monkeypatch.chdir(made)
     shutil.copy("moco/checkpoint.pt", "encoder.pt")
     argv = ["images", "--encoder", "encoder.pt", "--epochs", "2", "--out", "since"]
     inside(linear_probe, *argv, "--max-steps", "1", cwd=made)
+    shutil.copytree("images", "others")
+    (made / "others/train/cat/0.jpg").rename(made / "others/train/cat/another.jpg")
+    assert "--out since: holds a run with other settings (images_hash" in refused(
+        linear_probe, "others", *argv[1:])
     saved = torch.load("encoder.pt", weights_only=True)
     saved["f"]["conv1.weight"] += 1
     torch.save(saved, "encoder.pt")
@@ -411,7 +415,7 @@ def test_size_is_the_side_of_what_the_encoder_reads_in_training_and_probes(made,
         for module, argv, side in [
                 (moco_v2, [*small, "--bn-group", "4", "--K", "16", "--max-steps", "1"], 40),
                 (linear_probe, [*probe, "--quick"], 40),
-                (linear_probe, [*probe, "--quick", "--size", "24"], 24),
+                (linear_probe, [*probe, "--quick", "--size", "24", "--out", "quick"], 24),
                 (linear_probe, [*probe, "--epochs", "1", "--out", "sizes"], 40),
                 (linear_probe, ["images", "--quick", "--encoder", "random", "--arch", "resnet10",
                                 "--size", "20"], 20)]:
@@ -420,6 +424,8 @@ def test_size_is_the_side_of_what_the_encoder_reads_in_training_and_probes(made,
             assert sides == {(side, side)}, argv
     finally:
         watching.remove()
+    for path in (made / moco / "probe/quick-h.json", made / "quick/quick-h.json"):
+        assert json.loads(path.read_text())["encoder"] == probe[1]
     assert "--size: 8: expected pixels, 16 or more" in refused(moco_v2, "--size", "8")
 
 

@@ -18,7 +18,7 @@ import linear_probe
 import moco_v2
 import simclr
 import tsne_aug
-from common import UserError, train
+from common import UserError, ddp, train
 from reproduce import __main__ as reproduce
 from reproduce import claims, figure5, plan, report, verdicts, voc_detection
 
@@ -36,15 +36,19 @@ def call(*argv):
 
 @pytest.mark.parametrize("gpus", [0, 8])
 def test_every_command_is_printed_and_parses(capsys, monkeypatch, gpus):
-    """At all three scales, with torchrun where there are GPUs; nothing runs."""
+    """At all three scales, with torchrun where there are GPUs; nothing runs.
+
+    A batch divides into groups on the processes, which a script would refuse otherwise.
+    """
     monkeypatch.setattr(reproduce.subprocess, "run", None)
     monkeypatch.setattr(train, "has_bf16", lambda device=None: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     call("all", "--dry-run", "--seeds", "0", "1")
-    lines, trained, drawn = capsys.readouterr().out.splitlines(), [], 0
+    lines, trained, drawn, worlds = capsys.readouterr().out.splitlines(), [], 0, set()
     for line in lines:
         if line.startswith("#"):
+            scale = line.split()[2].rstrip(":")
             continue
         name, argv = re.search(COMMAND, line).groups()
         args = SCRIPTS[name].flags().parse_args(shlex.split(argv))
@@ -52,8 +56,14 @@ def test_every_command_is_printed_and_parses(capsys, monkeypatch, gpus):
             assert line.startswith("python ")                   # in one process
             drawn += 1
             continue
-        assert line.startswith("torchrun --standalone --nproc_per_node=8 " if gpus else "python ")
+        n = int(re.match(r"(?:torchrun --standalone --nproc_per_node=(\d)|python) ", line)[1] or 1)
+        worlds.add(n)
+        monkeypatch.setattr(ddp, "world", lambda n=n: n)
+        if name in ("moco_v2.py", "simclr.py", "instdisc.py") or "--train" in line:
+            resolved = json.loads(plan.settings(name[:-3], shlex.split(argv), scale))
+            train.check_batch(10 ** 6, resolved["batch_size"], resolved.get("bn_group", 1))
         trained += [args.out] if args.out else []
+    assert worlds == ({2, 4, 8} if gpus else {1})
     counts = [int(line.split()[3]) for line in lines if line.startswith("#")]
     assert len(trained) == len(set(trained)) == sum(counts) > 200 and drawn == 9
     call("all", "--scale", "cifar10-laptop", "--dry-run", "--seeds", "2")

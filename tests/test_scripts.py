@@ -1,6 +1,7 @@
 """The scripts as users run them: complete, stopped and resumed, under torchrun, with bad input."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, entries, image_files, in_two_processes, photo, refused, run, same
+from conftest import (ROOT, entries, image_files, in_two_processes, photo, refused, run, same,
+                      write_folder)
 from PIL import Image
 
 import dip_inversion
@@ -22,6 +24,7 @@ import linear_probe
 import moco_v2
 import simclr
 import tsne_aug
+from common import UserError, train
 from common.model import resnet
 from common.run import Run
 from reproduce import __main__ as reproduce
@@ -90,20 +93,27 @@ def test_f_loads_into_a_plain_torchvision_resnet50(small, tmp_path, inside):
     f.load_state_dict(saved["f"])
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(plain.eval()(x), f.eval()(x))
+    for name in ("linear_probe-cifar10-probe-encoder=random", "voc_detection-scenes-random"):
+        (tmp_path / "runs" / name).mkdir()                      # newer, and no encoders
+        (tmp_path / "runs" / name / "checkpoint.pt").touch()
     assert linear_probe.newest_checkpoint() == path
 
 
-def test_sigterm_finishes_the_step_and_exits_with_75(small, tmp_path):
-    argv = [sys.executable, ROOT / "moco_v2.py", small, *TINY, "--epochs", "2000"]
+def test_sigterm_finishes_the_step_and_exits_with_75(tmp_path):
+    """Also if it reaches the processes that read images, as when torchrun stops a script."""
+    folder = write_folder(tmp_path / "photos", 12, (70, 90))
+    argv = [sys.executable, ROOT / "moco_v2.py", folder, *TINY, "--size", "32", "--workers", "2",
+            "--epochs", "2000"]
     process = subprocess.Popen(list(map(str, argv)), cwd=tmp_path, stdout=subprocess.PIPE,
-                               text=True)
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
     while not (tmp_path / "out/checkpoint.pt").exists():
         time.sleep(.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
     step = load(tmp_path / "out/checkpoint.pt")["step"]
-    assert process.returncode == 75
-    assert f"stopped at step {step} of 10000, saved in out; the same command continues" in out
+    assert out.count("stopping after this step") == 1
+    assert f"stopped at step {step} of 6000, saved in out; the same command continues" in out
     last = json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["step"]) == ("unfinished", step)
 
@@ -292,6 +302,9 @@ def test_bad_input_gets_one_line(small, tmp_path, monkeypatch):
     for argv, line in bad(tmp_path, small):
         assert line in refused(moco_v2, *argv)
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("common.ddp.world", lambda: 8)
+    with pytest.raises(UserError, match="10 images; fewer processes would fit"):
+        train.check_batch(10, 16)
 
 
 def test_bad_input_of_the_probe_gets_one_line(small, tmp_path, monkeypatch):
@@ -299,6 +312,7 @@ def test_bad_input_of_the_probe_gets_one_line(small, tmp_path, monkeypatch):
     for argv, line in [
             (["--quick"], "no checkpoint under runs/"),
             (["--quick", "--encoder", "nothing.pt"], "nothing.pt: no such file"),
+            (["--quick", "--encoder", "random", "a.pt", "--out", "b"], "--out: expected one"),
             (["nowhere", "--quick", "--encoder", "random"], "nowhere: no such folder"),
             ([small, "--quick", "--encoder", "random", "--arch", "x"], "--arch x: unknown")]:
         assert line in refused(linear_probe, *argv)
