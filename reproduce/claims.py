@@ -175,7 +175,8 @@ def family(cell):
 @functools.cache
 def n_seeds(name, scale):
     """The number of seeds of a run, fixed in advance; None: all that there are, two or more."""
-    keys = [key for key, cell in plan.cells(scale).items() if cell.name == name]
+    keys = [key for key, cell in plan.cells(scale).items()
+            if cell.name == name and key[0] not in plan.PICTURES]
     items = TWO_SEEDS.get(scale, ())
     if all(item in items or column == "100 epochs" for item, _, column in keys):
         return 2

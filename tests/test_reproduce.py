@@ -218,6 +218,7 @@ def root(tmp_path, monkeypatch):
 def test_the_number_of_seeds_is_fixed_in_advance():
     cells = plan.cells("cifar10-laptop")
     for key, n in ((("table1", "MoCo v2", "MoCo v2"), 3), (("table2b", "1/4", "MoCo v2"), 2),
+                   (("supervised", "one layer", "supervised"), 2),      # drawn in Figure 3 too
                    (("figure4", "MoCo v2", "K = 512"), 2),
                    (("figure4", "MoCo v2", "K = 64"), 3),       # a cell of Table 3 too
                    (("length", "MoCo v2", "50 epochs"), 3),
