@@ -230,7 +230,7 @@ def draw(path, rows, labels, title):
             axis.set_xlabel(describe(scores), fontsize=9)
         part.suptitle(found["what"])
         part.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=75)
 
 
 def read_supervised(path, scale):
