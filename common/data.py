@@ -184,7 +184,8 @@ def read_image(name):
 def _decode(images, size):
     """Files in memory, as images of one size (height, width)."""
     make = functools.partial(_resized, size=size)
-    read, pixels = zip(*_read(images.files, make, _in_order(images, 500), default_workers()))
+    workers = min(default_workers(), len(images) // 1000)       # each takes a while to start
+    read, pixels = zip(*_read(images.files, make, _in_order(images, 500), workers))
     return Images(images.take(torch.cat(read).numpy()).labels, torch.cat(pixels))
 
 

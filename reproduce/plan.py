@@ -18,7 +18,7 @@ PLACEHOLDER = {"imagenet": ["IMAGENET"], "cifar10": ["CIFAR10"], "textures": []}
 LAPTOP = "--arch resnet10 --epochs 10 --batch-size 64 --n-evals 2 --precision bf16"
 NAMED = {"cifar10-laptop": ("cifar10", {
     "moco_v2": f"{LAPTOP} --lr .02 --warmup 300",
-    "instdisc": f"{LAPTOP} --lr .02 --warmup 300",
+    "instdisc": f"{LAPTOP} --lr .003 --warmup 300",
     "simclr": LAPTOP,
     "linear_probe": LAPTOP})}
 TABLE3_K = {"imagenet": (512, 65536), "cifar10": (64, 4096), "textures": (16, 1024),
