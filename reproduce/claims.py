@@ -21,8 +21,9 @@ verdicts. The number of seeds is fixed in advance: on the textures three in ever
 At the scale `cifar10-laptop`, cells of Table 2, Figure 4, supervised training and 100 epochs have
 two, all others three. (Up to the evening of that day, only 100 epochs had two; the change, which
 saves four hours, came before the first run of these items.) Until all are there, a claim has no
-verdict. An interval may still change a little with runs of other cells, because spreads are
-moderated together.
+verdict. An interval may still change with runs of other cells, because spreads are moderated
+together. (Corrected on 2026-11-28, which changed no verdict: the p-value of a collapse is that of
+the weaker of its two tests.)
 """
 
 import collections
