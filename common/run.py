@@ -107,11 +107,15 @@ class Run:
         self.step = self.start = self._restore()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
+        hangup = getattr(signal, "SIGHUP", None)                # not on Windows; nohup ignores it
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+            signal.signal(hangup, self._request_stop)
 
     def _request_stop(self, number, frame):
-        if ddp.rank() == 0 and not self.stop_requested:
-            os.write(2, b"stopping after this step\n")          # print is not safe in a handler
-        self.stop_requested = True
+        first, self.stop_requested = not self.stop_requested, True
+        if ddp.rank() == 0 and first:
+            with contextlib.suppress(OSError):                  # Ctrl-C also ends `| tee`
+                os.write(2, b"stopping after this step\n")      # print is not safe in a handler
 
     def _restore(self):
         """Lock the folder and restore the newest checkpoint; returns its step, or 0."""
@@ -137,7 +141,8 @@ class Run:
 
     def _recover(self):
         """Leave the newest intact checkpoint of this run at `path`; returns it, or None."""
-        if self.fresh:
+        # torchrun restarts a run with the same flags: it is not to begin anew then.
+        if self.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             for name in ("checkpoint.pt", "previous.pt"):
                 (self.out / name).unlink(missing_ok=True)
             return None
@@ -162,13 +167,21 @@ class Run:
             os.replace(where, self.path)
         return saved
 
+    def _say(self, text):
+        """Print `text` on rank 0. If nobody reads it any more, the run stops as if asked to."""
+        try:
+            ddp.say(text)
+        except BrokenPipeError:                 # as in `... | head`; Ctrl-C also ends `| tee`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            self._request_stop(None, None)
+
     def steps(self, batches):
         """Iterate over `batches`, tuples that begin with the step; do what is due after each."""
         if self.start == self.total:
             return
-        ddp.say("  ".join(f"{name}={value}" for name, value in self.settings.items()))
+        self._say("  ".join(f"{name}={value}" for name, value in self.settings.items()))
         how = f"continuing at step {self.start} of {self.total} in" if self.start else "writing to"
-        ddp.say(f"{how} {self.out}")
+        self._say(f"{how} {self.out}")
         self.events.add("start", self.start, settings=self.settings, **machine(self.device))
         if self.start == 0 and self.eval_first:
             self._end_epoch(True)                               # the untrained network
@@ -236,7 +249,7 @@ class Run:
         if now - self.shown > SHOW_EVERY:
             self.shown = now
             left = (now - self.began) / (self.step - self.start) * (self.end - self.step)
-            ddp.say(f"step {self.step}/{self.total}  {describe(values)}  {duration(left)} left")
+            self._say(f"step {self.step}/{self.total}  {describe(values)}  {duration(left)} left")
 
     def _check_finite(self, losses):
         """Raises UserError if a loss or a weight is not finite, before that could be saved."""
@@ -258,7 +271,7 @@ class Run:
         values = self.evaluate() if due else {}
         self.events.add("epoch", self.step, epoch=epoch, loss=self.loss, **values)
         shown = describe({"loss": self.loss, **values})
-        ddp.say(f"epoch {epoch}/{self.total // self.epoch}  {shown}")
+        self._say(f"epoch {epoch}/{self.total // self.epoch}  {shown}")
         if values and time.time() - self.drawn > DRAW_EVERY:
             self._draw()
 
@@ -299,13 +312,14 @@ class Run:
                 result = "; ".join(f"{title} {found[-1]:.4g}, untrained {found[0]:.4g}"
                                    for title, found in values.items() if found)
             already = "" if self.start < self.total else " already, nothing to do"
-            ddp.say(f"finished{already}: checkpoint and curves in {self.out}")
-            ddp.say(result)
+            self._say(f"finished{already}: checkpoint and curves in {self.out}")
+            self._say(result)
         else:
             event, how = "stopped", "a larger --max-steps, or none,"
             if ddp.any_process(self.stop_requested, self.device):
                 event, how = "unfinished", "the same command"
-            ddp.say(f"stopped at step {self.step} of {self.total}, saved in {self.out}; {how} "
+                how += " without --fresh" if self.fresh else ""
+            self._say(f"stopped at step {self.step} of {self.total}, saved in {self.out}; {how} "
                     "continues")
         if self.start < self.total:
             self.events.add(event, self.step)

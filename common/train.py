@@ -282,6 +282,8 @@ def _explain(error, less_memory):
     if "DataLoader worker" in text:
         return ("a process that reads images was killed, probably for lack of memory: use "
                 f"{less_memory}")
+    if isinstance(error, PermissionError):
+        return f"{error.filename}: permission denied"
     if isinstance(error, BrokenPipeError):                      # as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # for what is not written yet
         return "the program that read the output has ended"

@@ -51,7 +51,7 @@ def parse(argv):
     add("--dry-run", action="store_true",
         help="print the commands; without DATA, those of all three scales")
     args = parser.parse_args(argv)
-    if args.flags and args.place in (None, *plan.PLACEHOLDER, *plan.NAMED):
+    if args.flags and args.place in (None, "", *plan.PLACEHOLDER, *plan.NAMED):
         parser.error("--flags: these runs differ from the scale's own; name another folder for "
                      "them with --as")
     return args
@@ -65,11 +65,12 @@ def dry_run(place, runs, pictures):
         print(line)
 
 
-def check(place, description):
+def check(place, dataset):
     """Raises UserError if the place holds runs on other data, or with other flags."""
     for run in report.kept_runs(place):
-        script = run["commands"][0].split(".py")[0].split()[-1]
-        if (run["data"], run["flags"]) != (description, place.flags(script)):
+        script, data_hash = run["commands"][0].split(".py")[0].split()[-1], dataset.hash
+        expected = dataset.description, place.flags(script), data_hash
+        if (run["data"], run["flags"], run["settings"].get("images_hash", data_hash)) != expected:
             raise UserError(f"results/{place.name} holds runs with other data or flags "
                             f"({run['data']}; {run['flags']}); choose another --as")
 
@@ -204,7 +205,7 @@ def main(argv=None):
         return 0
     if not runs and not pictures:
         raise UserError(f"{args.item}: does not exist at the scale {place.scale}")
-    check(place, dataset.description)
+    check(place, dataset)
     failed = []
     if not args.collect:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.jobs)))

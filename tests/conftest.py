@@ -133,7 +133,8 @@ def image_files(folder):
 @contextlib.contextmanager
 def signal_handlers_restored():
     """A script installs its own handlers; put pytest's back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -151,6 +151,14 @@ def test_a_folder_in_use_is_refused_also_with_fresh(small, tmp_path, inside, mon
     assert "stopped at step 1" in inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
 
 
+def test_a_run_that_torchrun_restarts_continues_also_with_fresh(
+        small, tmp_path, inside, monkeypatch):
+    inside(moco_v2, small, *TINY, "--max-steps", 1, "--fresh", cwd=tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    out = inside(moco_v2, small, *TINY, "--max-steps", 2, "--fresh", cwd=tmp_path)
+    assert "continuing at step 1 of 15" in out
+
+
 def test_a_folder_that_one_process_cannot_see_is_refused(small, tmp_path, inside, monkeypatch):
     inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
     monkeypatch.setattr("common.run.ddp.all_gather", lambda step: torch.cat([step, 0 * step]))

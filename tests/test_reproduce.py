@@ -471,6 +471,10 @@ def test_runs_with_other_flags_or_data_are_kept_apart(fake):
     assert "--preset table1 --epochs 2 --seed 0 --out runs/reproduce/short/" in kept["commands"][0]
     with pytest.raises(UserError, match="holds runs with other data or flags .*--epochs"):
         call("table1", "--flags", "--epochs 3", "--as", "short")
+    kept["settings"]["images_hash"] = "another"
+    (fake / "results/short/runs/moco_v2-table1-seed0.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="holds runs with other data or flags"):
+        call("table1", "--flags", "--epochs 2", "--as", "short")
     keep(plan.Place("textures", "textures"), "other", 50.)
     with pytest.raises(UserError, match="runs with other data or flags .images; "):
         call("table1")

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torchvision
 from conftest import (ROOT, entries, image_files, in_two_processes, photo, refused, run, same,
-                      write_folder)
+                      signal_handlers_restored, write_folder)
 from PIL import Image
 
 import dip_inversion
@@ -99,7 +99,8 @@ def test_f_loads_into_a_plain_torchvision_resnet50(small, tmp_path, inside):
     assert linear_probe.newest_checkpoint() == path
 
 
-def test_sigterm_finishes_the_step_and_exits_with_75(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_the_step_and_exits_with_75(tmp_path, number):
     """Also if it reaches the processes that read images, as when torchrun stops a script."""
     folder = write_folder(tmp_path / "photos", 12, (70, 90))
     argv = [sys.executable, ROOT / "moco_v2.py", folder, *TINY, "--size", "32", "--workers", "2",
@@ -108,7 +109,7 @@ def test_sigterm_finishes_the_step_and_exits_with_75(tmp_path):
                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
     while not (tmp_path / "out/checkpoint.pt").exists():
         time.sleep(.02)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
     step = load(tmp_path / "out/checkpoint.pt")["step"]
@@ -116,6 +117,22 @@ def test_sigterm_finishes_the_step_and_exits_with_75(tmp_path):
     assert f"stopped at step {step} of 6000, saved in out; the same command continues" in out
     last = json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["step"]) == ("unfinished", step)
+
+
+def test_if_nobody_reads_the_output_any_more_the_run_stops_and_is_saved(
+        small, tmp_path, monkeypatch):
+    """As in `... | tee log`, where Ctrl-C ends tee first."""
+    monkeypatch.chdir(tmp_path)
+
+    def say(text):
+        if text.startswith("epoch 1/"):
+            raise BrokenPipeError
+    monkeypatch.setattr("common.run.ddp.say", say)
+    monkeypatch.setattr("common.run.os.dup2", lambda *_: None)
+    with signal_handlers_restored():
+        assert moco_v2.main([str(small), *TINY]) == 75
+    [stopped] = entries(tmp_path / "out", "unfinished")
+    assert load(tmp_path / "out/checkpoint.pt")["step"] == stopped["step"] == 6
 
 
 @pytest.fixture
