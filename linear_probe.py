@@ -295,12 +295,12 @@ def quick(args):
                                   options, args.seed) for what in asked}
             row = f"random ({settings['arch']})" if name == "random" else name
             say_row(found, "top1", f"{row}, {feature}")
-            file = Path(name) if Path(name).is_file() else None
-            out = args.out or file and file.parent / "probe"
+            file, stem = Path(name), "quick"
+            out = args.out or file.is_file() and file.parent / "probe"
+            if file.is_file() and file.name != "checkpoint.pt":     # FAIR's files share a folder
+                stem += f"-{file.name.split('.')[0]}"
             if out and ddp.rank() == 0:
-                # Files with other names, such as FAIR's, may share a folder.
-                of = f"-{file.name.split('.')[0]}" if file and file.name != "checkpoint.pt" else ""
-                path = Path(out) / f"quick{of}-{feature}.json"
+                path = Path(out) / f"{stem}-{feature}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(
                     {"encoder": name, "feature": feature, "data": dataset.description,

@@ -78,8 +78,8 @@ def shuffle(x2, permutation):
 
     Takes the N images of this process and distributes those of all processes in the order of
     `permutation` (W N,). So the batch statistics of a key come from other images than those of its
-    query, and cannot tell which q and k belong together. Statistics are those of groups of images,
-    so shuffling works in one process too.
+    query, and cannot tell which q and k belong together. They are computed for groups of images,
+    so that shuffling has an effect in one process, too.
     """
     return ddp.all_gather(x2)[permutation][ddp.rows(len(permutation))]
 

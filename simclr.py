@@ -9,8 +9,8 @@ moco_v2.py, but without queue and momentum encoder: few negatives means a small 
     python simclr.py DATA --batch-size 32768 --chunk 512        # K = 65534, memory of 512 images
 
 x1, x2 (N, 3, H, W): two views of N images; W processes have M = W N. h = f(x) (N, width). z = g(h)
-(N, D). The views of all images are (2 M, D), first views first. Batch statistics are taken over all
-images; there are no groups.
+(N, D). The embeddings of all views are (2 M, D): all first views, then all second views. Batch
+statistics are taken over all images; there are no groups.
 """
 
 import argparse

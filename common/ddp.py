@@ -106,6 +106,11 @@ def say(text):
         print(text, flush=True)
 
 
+def discard_output():
+    """Send what is still printed nowhere: the program that read it has ended."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def rows(n):
     """The slice of n global rows that belongs to this process: the r-th of W contiguous parts."""
     return slice(n * rank() // world(), n * (rank() + 1) // world())
@@ -124,7 +129,7 @@ def all_gather(x):
 
 
 class _Total(torch.autograd.Function):
-    """The sum over processes. Every process's loss depends on it: gradients are summed as well."""
+    """The sum over processes. Every process's loss depends on it, so gradients are summed, too."""
 
     @staticmethod
     def forward(ctx, x):

@@ -224,9 +224,9 @@ class Encoder(nn.Module):
     def embed(self, x, feature="h"):
         """Features of x (N, 3, H, W) by name: `h`, `hidden` or `z`.
 
-        `h` = f(x) (N, width). `hidden` is the activation after g's first ReLU, also in a deep
-        head; Figure 2 (d) calls it z. `z` = g(h) (N, D). Raises UserError if `feature` is `hidden`
-        and g has no hidden layer.
+        `h` = f(x) (N, width). `hidden` is the activation after g's first ReLU, which Figure 2 (d)
+        calls z; a deep head has a second one, which is not probed. `z` = g(h) (N, D). Raises
+        UserError if `feature` is `hidden` and g has no hidden layer.
         """
         return self.project(self.f(x), feature)
 

@@ -114,7 +114,7 @@ class Run:
     def _request_stop(self, number, frame):
         first, self.stop_requested = not self.stop_requested, True
         if ddp.rank() == 0 and first:
-            with contextlib.suppress(OSError):                  # Ctrl-C also ends `| tee`
+            with contextlib.suppress(OSError):                  # nobody may read it any more
                 os.write(2, b"stopping after this step\n")      # print is not safe in a handler
 
     def _restore(self):
@@ -171,8 +171,8 @@ class Run:
         """Print `text` on rank 0. If nobody reads it any more, the run stops as if asked to."""
         try:
             ddp.say(text)
-        except BrokenPipeError:                 # as in `... | head`; Ctrl-C also ends `| tee`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        except BrokenPipeError:                 # as after `| head`, or if Ctrl-C ends `| tee`
+            ddp.discard_output()
             self._request_stop(None, None)
 
     def steps(self, batches):

@@ -4,7 +4,6 @@ import argparse
 import errno
 import functools
 import math
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -116,7 +115,7 @@ def settings(flags, argv, scale, scales, presets):
 
 
 def plain(value):
-    """A setting as text without brackets and spaces, for the name of a folder."""
+    """A setting as text for the name of a folder; the items of a list are joined by commas."""
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -285,7 +284,7 @@ def _explain(error, less_memory):
     if isinstance(error, PermissionError):
         return f"{error.filename}: permission denied"
     if isinstance(error, BrokenPipeError):                      # as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # for what is not written yet
+        ddp.discard_output()                                    # what is not written yet
         return "the program that read the output has ended"
     if isinstance(error, OSError) and error.errno in full:
         return (f"{error.filename or 'a file'}: cannot be written ({error.strerror}): free some "

@@ -68,9 +68,10 @@ def dry_run(place, runs, pictures):
 def check(place, dataset):
     """Raises UserError if the place holds runs on other data, or with other flags."""
     for run in report.kept_runs(place):
-        script, data_hash = run["commands"][0].split(".py")[0].split()[-1], dataset.hash
-        expected = dataset.description, place.flags(script), data_hash
-        if (run["data"], run["flags"], run["settings"].get("images_hash", data_hash)) != expected:
+        script = run["commands"][0].split(".py")[0].split()[-1]
+        images = run["settings"].get("images_hash", dataset.hash)       # some runs have none
+        if (run["data"], images, run["flags"]) != (dataset.description, dataset.hash,
+                                                   place.flags(script)):
             raise UserError(f"results/{place.name} holds runs with other data or flags "
                             f"({run['data']}; {run['flags']}); choose another --as")
 

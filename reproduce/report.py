@@ -19,13 +19,13 @@ are for a ResNet-50 on ImageNet: compare differences, not values. A batch of M i
 Verdicts on the claims follow from the rules in `reproduce/claims.py` and `reproduce/verdicts.py`,
 which were committed before the runs that they judge. The judged runs have seeds from 10 on; runs
 with lower seeds are exploratory and only appear in the tables. Beside a claim, ± is half the width
-of the confidence interval of the difference: 95 %, or 90 % for claims of no difference (simulated,
-down to 91 % where the spread of one cell is two to five times that of the others). If a claim says
-that something fails or collapses, the number is half of the baseline's gain over the untrained
-network minus the cell's own gain. "Not resolved; 12 seeds" means that about 12 seeds per cell would
-decide the claim, if the difference is as estimated. "After Holm": the verdict also holds after
-Holm's correction for the number of claims. Intervals still move when runs are added, because the
-spreads of all cells are estimated together.
+of the confidence interval of the difference: 95 %, or 90 % for claims of no difference. Where there
+is no difference, about 5 % of verdicts are wrong; in simulations, up to 9 % where the spread of one
+cell is two to five times that of the others. If a claim says that something fails or collapses, the
+number is half of the baseline's gain over the untrained network minus the cell's own gain. "Not
+resolved; 12 seeds" means that about 12 seeds per cell would decide the claim, if the difference is
+as estimated. "After Holm": the verdict also holds after Holm's correction for the number of claims.
+Intervals still move when runs are added, because the spreads of all cells are estimated together.
 
 Sections 1 and 3 call the activation `hidden` z as well: it is as wide as h, and our z has 128
 dimensions. Of the predictions in Section 3, MoCo v2's augmentation changes colour only (`grey` and

@@ -117,7 +117,7 @@ class RoIHeads(roi_heads.RoIHeads):
 
 
 class Detector(nn.Module):
-    """Faster R-CNN with a C4 backbone on an encoder `f`, all of which is trained.
+    """Faster R-CNN with a C4 backbone, the encoder `f`, of which all layers are trained.
 
     The settings `s` are those of SCALES.
     """
