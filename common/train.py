@@ -120,10 +120,17 @@ def plain(value):
 
 
 def begin(flags, argv, scales, presets):
-    """Join the process group, open the data, resolve the settings: `(args, dataset, device)`."""
+    """Join the process group, open the data, resolve the settings: `(args, dataset, device)`.
+
+    Raises UserError if `--out` lies among images without classes, where curves.png would be one.
+    """
     first = flags.parse_args(argv)              # reports wrong flags before anything is opened
     device, dataset = ddp.init(first.device), data.open_data(first.data)
     args = settings(flags, argv, dataset.scale, scales, presets)
+    among = args.data and Path(args.out).resolve().is_relative_to(args.data)
+    if among and dataset.test is None and not (Path(args.data) / "train").is_dir():
+        raise UserError(f"--out {args.out}: lies among the images of {args.data}; expected another "
+                        "folder")
     # Settings: with other images it is another run.
     args.images, args.images_hash = len(dataset.train), dataset.hash
     return args, dataset, device

@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -130,18 +131,22 @@ def keep(name, script, flags, place, description):
                       if isinstance(value, (int, float)) and field not in ("step", "time")}
                      for event in events if event["event"] == "epoch"]
     kept = place.folder / f"runs/{name}.json"
-    kept.parent.mkdir(parents=True, exist_ok=True)
     temporary = kept.with_suffix(".tmp")
     temporary.write_text(report.dumps(run) + "\n")
     temporary.replace(kept)
 
 
-def execute_all(runs, place, description, jobs):
+def execute_all(runs, drawn, place, description, jobs):
     """Train, probe and keep what is missing of `runs`, `jobs` at a time; print a line for each.
 
-    Returns the names of those that failed, or None if a run or this process was told to stop.
+    The pictures need the checkpoints of the runs `drawn`, even if their results are there. Returns
+    the names of those that failed, or None if a run or this process was told to stop.
     """
-    missing = [name for name in runs if not (place.folder / f"runs/{name}.json").exists()]
+    kept = place.folder / "runs"
+    kept.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=kept).close()                    # not after hours of training
+    missing = [name for name in runs if not (kept / f"{name}.json").exists()
+               or name in drawn and not (plan.ROOT / place.out(name) / "checkpoint.pt").exists()]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are there already")
     stopped, failed = threading.Event(), []
     # The terminal sends Ctrl-C to the runs too: they save, and no more are started.
@@ -151,12 +156,12 @@ def execute_all(runs, place, description, jobs):
         if stopped.is_set():
             return
         code = call(plan.commands(name, *runs[name], place), place.output(name))
-        if code == 0:
-            keep(name, *runs[name], place, description)
-        elif code == UNFINISHED:
+        if code == UNFINISHED:
             stopped.set()
-        else:
+        elif code:
             failed.append(name)
+        elif not (kept / f"{name}.json").exists():
+            keep(name, *runs[name], place, description)
         print(f"{name}: exit code {code}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -210,7 +215,8 @@ def main(argv=None):
     failed = []
     if not args.collect:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.jobs)))
-        failed = execute_all(runs, place, dataset.description, args.jobs)
+        drawn = plan.runs(pictures, place, args.seeds[:1])
+        failed = execute_all(runs, drawn, place, dataset.description, args.jobs)
         if failed is None:
             print("stopped; the same command continues")
             return UNFINISHED

@@ -46,10 +46,12 @@ def read(path, source):
     if settings["negatives"] == "queue":
         raise UserError(f"{path}: uses the whole queue; expected a run of moco_v2.py with "
                         "--negatives hard, hardest or random")
-    images = data.open_data(source).train
-    if len(images) != settings["images"]:
-        raise UserError(f"{source}: {len(images)} images; the run had {settings['images']}")
-    return encoder, saved, images
+    dataset = data.open_data(source)
+    here, there = (len(dataset.train), dataset.hash), (settings["images"], settings["images_hash"])
+    if here != there:
+        raise UserError(f"{source}: holds other images ({here[0]}) than those of the run "
+                        f"({there[0]})")
+    return encoder, saved, dataset.train
 
 
 def chosen(encoder, saved, images):

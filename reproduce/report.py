@@ -4,7 +4,7 @@ import json
 import shlex
 from statistics import mean, stdev
 
-from common import data
+from common import UserError, data
 from reproduce import claims, plan, verdicts
 
 INTRODUCTION = """# Results
@@ -51,9 +51,17 @@ def dumps(run):
     return json.dumps({**run, "epochs": "EPOCHS"}, indent=1).replace('"EPOCHS"', f"[\n  {lines}]")
 
 
+def kept_run(path):
+    """The result that the file `path` holds, as a dict. Raises UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not a result ({error}); remove it to run it again")
+
+
 def kept_runs(place):
     """All runs of a place, as dicts."""
-    return [json.loads(path.read_text()) for path in sorted(place.folder.glob("runs/*.json"))]
+    return [kept_run(path) for path in sorted(place.folder.glob("runs/*.json"))]
 
 
 def results(place, first_seed=0):
@@ -220,7 +228,7 @@ def places():
     """The scales' own places, and all others that hold runs."""
     found = {scale: plan.Place(scale, scale) for scale in (*plan.PLACEHOLDER, *plan.NAMED)}
     for path in sorted(plan.ROOT.glob("results/*/runs/*.json")):
-        name, run = path.parts[-3], json.loads(path.read_text())
+        name, run = path.parts[-3], kept_run(path)
         found[name] = plan.Place(name, run.get("scale", run["settings"]["scale"]))
     return found.values()
 

@@ -159,6 +159,19 @@ def test_a_run_that_torchrun_restarts_continues_also_with_fresh(
     assert "continuing at step 1 of 15" in out
 
 
+def test_a_folder_among_images_without_classes_is_refused(
+        small, tmp_path, inside, monkeypatch):
+    """Its curves.png would count as an image of the run when that is continued."""
+    monkeypatch.chdir(tmp_path)
+    photos = shutil.copytree(small / "train", tmp_path / "photos")
+    for out in ("photos", "photos/runs/a"):
+        line = refused(moco_v2, photos, *TINY[:-1], out)
+        assert line == f"--out {out}: lies among the images of {photos}; expected another folder"
+    assert not (photos / "runs").exists()
+    labelled = write_folder(tmp_path / "labelled", 12, (70, 90))
+    inside(moco_v2, labelled, *TINY[:-1], "labelled/runs", "--max-steps", 1, cwd=tmp_path)
+
+
 def test_a_folder_that_one_process_cannot_see_is_refused(small, tmp_path, inside, monkeypatch):
     inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
     monkeypatch.setattr("common.run.ddp.all_gather", lambda step: torch.cat([step, 0 * step]))
@@ -173,16 +186,18 @@ SNIPPET = re.search(r"    #!/bin/bash\n.*?requeue[^\n]*\n\n", RELIABILITY, re.DO
 def test_the_slurm_snippet_requeues_an_unfinished_run_and_no_other(tmp_path):
     """With stand-ins for SLURM's programs.
 
-    srun exits with torchrun's 1, after the run has written the last line of its log.
+    srun exits with torchrun's 1, after the run has written the last line of its log. Without EVENT
+    the run fails before; then the log ends with the line of an earlier job.
     """
     script = "\n".join(line[4:] for line in SNIPPET[0].splitlines())
-    srun = ('mkdir -p runs/long; echo "{\\"event\\": \\"$EVENT\\"}" >> runs/long/log.jsonl; '
-            "exit 1")
+    srun = ('sleep .02; mkdir -p runs/long; [ "$EVENT" ] && echo "{\\"event\\": \\"$EVENT\\"}" '
+            ">> runs/long/log.jsonl; exit 1")
     scontrol = '[ "$1" = show ] && echo host1 || echo "$@" >> requeued'
     for name, text in (("srun", srun), ("scontrol", scontrol)):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    for event, count in (("unfinished", 1), ("step", 1), ("finished", 1), ("unfinished", 2)):
+    for event, count in (("unfinished", 1), ("", 1), ("step", 1), ("finished", 1),
+                         ("unfinished", 2), ("", 2)):
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "EVENT": event,
                "SLURM_JOB_ID": "5", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host[1-2]"}
         subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -484,12 +485,42 @@ def test_a_stopped_run_ends_with_exit_code_75_and_continues(fake, capsys):
     (fake / "moco_v2.py").write_text("raise SystemExit(75)")
     assert call("table2a") == 75
     assert "stopped; the same command continues" in capsys.readouterr().out
-    assert not (fake / "results/textures/runs").exists()
+    assert not list((fake / "results/textures/runs").iterdir())
     (fake / "moco_v2.py").write_text(TRAINING)
     failing = "import sys\nif '--train' in sys.argv:\n    sys.exit(1)\n"
     (fake / "linear_probe.py").write_text(failing + PROBE)
     assert call("table2a") == 1                                 # the supervised rows fail
     assert len(list((fake / "results/textures/runs").glob("moco_v2-*"))) == 3
+
+
+DRAWING = """
+import pathlib, sys
+print("drawn from", *(pathlib.Path(sys.argv[sys.argv.index(flag) + 1]).read_text()
+                      for flag in ("--head", "--no-head")))
+"""
+
+
+def test_a_picture_has_its_checkpoints_trained_again_without_changing_their_results(fake):
+    """As in a fresh clone, which has results but no checkpoints."""
+    (fake / "moco_v2.py").write_text(TRAINING + '(out / "checkpoint.pt").write_text("weights")')
+    (fake / "dip_inversion.py").write_text(DRAWING)
+    place = plan.Place("textures", "textures")
+    assert call("figure2") == 0
+    kept = fake / "results/textures/runs/moco_v2-table1-seed0.json"
+    before = kept.read_text().replace("69.5", "12.5")
+    kept.write_text(before)
+    shutil.rmtree(fake / "runs")
+    assert call("figure2") == 0
+    assert "drawn from weights weights" in place.output("figure2").read_text()
+    assert kept.read_text() == before
+
+
+def test_a_damaged_result_is_named(fake):
+    assert call("table1", "--rows", "MoCo v2") == 0
+    kept = fake / "results/textures/runs/moco_v2-table1-seed0.json"
+    kept.write_text(kept.read_text()[:-9])
+    line = refused(reproduce, "table1")
+    assert line.startswith(f"{kept}: not a result (") and "remove it to run it again" in line
 
 
 ORPHAN = """
@@ -564,3 +595,6 @@ def test_figure_5_labels_slots_without_an_image_and_refuses_other_runs(small, tm
     inside(moco_v2, *one, "--negatives", "queue", "--out", "queue", cwd=tmp_path)
     assert "uses the whole queue; expected" in refused(figure5, "queue/checkpoint.pt", small)
     assert "no such file" in refused(figure5, "none.pt", small)
+    others = shutil.copytree(small, tmp_path / "others")
+    next(others.rglob("*.*")).rename(others / "renamed.png")
+    assert "holds other images (" in refused(figure5, "out/checkpoint.pt", others)
