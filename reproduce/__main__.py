@@ -136,7 +136,7 @@ def keep(name, script, flags, place, description):
     temporary.replace(kept)
 
 
-def execute_all(runs, drawn, place, description, jobs):
+def execute_all(runs, drawn, place, dataset, jobs):
     """Train, probe and keep what is missing of `runs`, `jobs` at a time; print a line for each.
 
     The pictures need the checkpoints of the runs `drawn`, even if their results are there. Returns
@@ -161,7 +161,8 @@ def execute_all(runs, drawn, place, description, jobs):
         elif code:
             failed.append(name)
         elif not (kept / f"{name}.json").exists():
-            keep(name, *runs[name], place, description)
+            check(place, dataset)                               # another command may write there
+            keep(name, *runs[name], place, dataset.description)
         print(f"{name}: exit code {code}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -216,7 +217,7 @@ def main(argv=None):
     if not args.collect:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.jobs)))
         drawn = plan.runs(pictures, place, args.seeds[:1])
-        failed = execute_all(runs, drawn, place, dataset.description, args.jobs)
+        failed = execute_all(runs, drawn, place, dataset, args.jobs)
         if failed is None:
             print("stopped; the same command continues")
             return UNFINISHED

@@ -481,6 +481,18 @@ def test_runs_with_other_flags_or_data_are_kept_apart(fake):
         call("table1")
 
 
+def test_a_result_is_not_put_beside_those_of_other_flags_that_were_kept_meanwhile(fake):
+    """Two commands at once with one --as: the folder is empty when both of them start."""
+    other = "import pathlib\npath = pathlib.Path('results/short/runs/other-seed0.json')\n"
+    run = {"data": "built-in textures", "flags": ["--epochs", "3"], "settings": {},
+           "commands": ["python moco_v2.py"]}
+    (fake / "moco_v2.py").write_text(TRAINING + other + f"path.write_text({json.dumps(run)!r})")
+    line = refused(reproduce, "table1", "--rows", "MoCo v2", "--flags", "--epochs 2", "--as",
+                   "short")
+    assert "results/short holds runs with other data or flags" in line and "--epochs" in line
+    assert not (fake / "results/short/runs/moco_v2-table1-seed0.json").exists()
+
+
 def test_a_stopped_run_ends_with_exit_code_75_and_continues(fake, capsys):
     (fake / "moco_v2.py").write_text("raise SystemExit(75)")
     assert call("table2a") == 75
