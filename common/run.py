@@ -207,10 +207,11 @@ class Run:
         due = epoch_ends and evaluated
         # Saving takes at most 5 % of the time; and is not put off beyond save_minutes.
         since = time.time() - self.saved
-        late = since >= 60 * self.save_minutes or epoch_ends and since >= 20 * self.save_seconds
+        late = since >= 60 * self.save_minutes or (epoch_ends and since >= 20 * self.save_seconds)
+        # All but `late` and stop requests is the same on all processes: they ask at the same steps.
         ask = epoch_ends or self.step % self.stop_every == 0
-        stop = self.step == self.end or ask and ddp.any_process(self.stop_requested, self.device)
-        save = stop or due or ask and ddp.any_process(late, self.device)
+        stop = self.step == self.end or (ask and ddp.any_process(self.stop_requested, self.device))
+        save = stop or due or (ask and ddp.any_process(late, self.device))
         logged = save or epoch_ends or self.step % LOG_EVERY == 0
         if logged or time.time() - self.shown > SHOW_EVERY:
             self._report(logged)

@@ -178,7 +178,7 @@ def has_bf16(device=None):
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = ("avx512_bf16", "amx_tile")
-    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in features)
+    return any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in features)
 
 
 def check_batch(n_images, batch_size, bn_group=2):

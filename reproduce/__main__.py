@@ -3,8 +3,8 @@
     python -m reproduce table1                          # on the built-in textures
     python -m reproduce table3 CIFAR10 --seeds 0 1 --jobs 2
     python -m reproduce all --dry-run                   # the commands, at all three scales
-    python -m reproduce table1 CIFAR10 --scale cifar10-laptop
-    python -m reproduce table1 CIFAR10 --as cifar10-short --flags "--arch resnet10 --epochs 6"
+    python -m reproduce table1 CIFAR10 --scale cifar10-laptop --as mine --seeds 10 11 12
+    python -m reproduce table1 CIFAR10 --as short --flags "--arch resnet10 --epochs 6"
 
 Trains each missing run (under torchrun if there are several GPUs), probes it, and keeps it as one
 file, results/PLACE/runs/NAME.json. Then writes results/README.md from these files. If it is stopped

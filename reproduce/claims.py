@@ -22,8 +22,9 @@ At the scale `cifar10-laptop`, cells of Table 2, Figure 4, supervised training a
 two, all others three. (Up to the evening of that day, only 100 epochs had two; the change, which
 saves four hours, came before the first run of these items.) Until all are there, a claim has no
 verdict. An interval may still change with runs of other cells, because spreads are moderated
-together. (Corrected on 2026-11-28, which changed no verdict: the p-value of a collapse is that of
-the weaker of its two tests.)
+together. Corrected on 2026-11-28: the p-value of a collapse is that of the weaker of its two tests,
+which changed no verdict; and cells of supervised training are complete with the two seeds that the
+rule says (Figure 3, which uses them, had made it three), which completed claims on Table 2.
 """
 
 import collections
@@ -225,7 +226,7 @@ class Judge:
             untrained, prior = self.found[UNTRAINED], self.priors.get("class")
             return verdicts.collapse(baseline, untrained, cell, prior)
         if not all(samples.values()):
-            return verdicts.judge(claim.kind, [[1., -1.]], [[], []])
+            return verdicts.judge(claim.kind, [[1., -1.]], [[], []])           # not run
         if self.of_one_encoder(every[0]):
             pairs = verdicts.paired([1., -1.], list(samples.values()))
             return verdicts.judge(claim.kind, [[1.]], [pairs], self.priors["pairs"])
@@ -233,7 +234,7 @@ class Judge:
         for keys in every:
             contrast = dict.fromkeys(samples, 0.)
             for key, sign in zip(keys, (1., -1.) * 2):
-                contrast[key] += sign
+                contrast[key] += sign                           # a cell may be named twice
             contrasts.append(list(contrast.values()))
         prior = self.priors.get(family(self.cells[every[0][0]]))
         return verdicts.judge(claim.kind, contrasts, list(samples.values()), prior)

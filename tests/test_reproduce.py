@@ -346,6 +346,20 @@ def test_verdicts_in_the_projects_readme_are_those_of_the_results():
     assert checked > 5
 
 
+def test_means_in_the_walkthrough_are_those_of_the_results():
+    """Those with a standard deviation, and those in tables; all are rounded to one decimal."""
+    page, text = report.page(), (plan.ROOT / "docs/walkthrough.md").read_text()
+    means = np.array(re.findall(r"\| (\d+\.\d\d) ± (\d+\.\d\d)", page), float)
+    stated = np.array(re.findall(r"(\d+\.\d) ± (\d+\.\d)\b", text), float)
+    assert len(stated) > 5
+    assert (abs(stated[:, None] - means).max(2).min(1) < .056).all()
+    papers = np.array(re.findall(r"\| (\d\d\.\d) \|", page), float)
+    tables = "".join(line for line in text.splitlines() if line.startswith("|"))
+    stated, known = np.array(re.findall(r"\b\d\d\.\d\b", tables), float), [*papers, *means[:, 0]]
+    assert len(stated) > 30
+    assert (abs(stated[:, None] - known).min(1) < .056).all()
+
+
 TRAINING = """
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
