@@ -33,6 +33,16 @@ def draw_negatives(n, K, batch, seed, step, device):
     return torch.randint(n, (batch, K), device=device, generator=generator)[ddp.rows(batch)]
 
 
+def similarities(v, memory, slots):
+    """Dot products (N, S) of v (N, D) with an image's own `slots` (N, S) of the bank (n, D).
+
+    Copies of the slots are N S D numbers. If that is much, products with the whole bank are faster.
+    """
+    if slots.shape[1] * memory.shape[1] < 2 * len(memory):
+        return torch.bmm(memory[slots], v[:, :, None])[:, :, 0]
+    return (v @ memory.T).gather(1, slots)
+
+
 def nce(positive, negatives, Z, n):
     """Noise-contrastive estimation (Wu et al. 2018, Eqs. (4) to (7)), the mean over images.
 
@@ -45,29 +55,28 @@ def nce(positive, negatives, Z, n):
     return (F.softplus(shift - positive) + F.softplus(negatives - shift).sum(1)).mean()
 
 
-def estimate_Z(positive, negatives, n):
-    """The normalisation constant Z: the mean of exp(s) over the first global batch, times n."""
-    return ddp.mean(torch.cat([positive, negatives], 1).detach().exp().mean()) * n
+def nce_loss(v, memory, slots, temperature, Z, step):
+    """`nce` of v (N, D): the first of `slots` (N, 1 + K) is the image's own, the others are drawn.
 
-
-def nce_loss(similarity, index, draws, Z, step):
-    """`nce` with the slots `draws` (N, K). At step 0, Z () is estimated, in place, as released."""
-    n = similarity.shape[1]
-    positive, negatives = similarity.gather(1, index[:, None]), similarity.gather(1, draws)
+    At step 0, the normalisation constant Z () is estimated, in place, as released: the mean of
+    exp(s) over the first global batch, times n.
+    """
+    s, n = similarities(v, memory, slots) / temperature, len(memory)
     if step == 0:
-        Z.copy_(estimate_Z(positive, negatives, n))
-    return nce(positive[:, 0], negatives, Z, n)
+        Z.copy_(ddp.mean(s.detach().exp().mean()) * n)
+    return nce(s[:, 0], s[:, 1:], Z, n)
 
 
-def infonce_loss(similarity, index, draws, Z, step):
+def infonce_loss(v, memory, slots, temperature, Z, step):
     """Eq. (1). Draws that hit the image's own slot are masked out."""
-    negatives = similarity.gather(1, draws).masked_fill(draws == index[:, None], -math.inf)
-    return info_nce(similarity.gather(1, index[:, None])[:, 0], negatives, 1.)
+    s = similarities(v, memory, slots) / temperature
+    own = slots[:, 1:] == slots[:, :1]
+    return info_nce(s[:, 0], s[:, 1:].masked_fill(own, -math.inf), 1.)
 
 
-def softmax_loss(similarity, index, draws, Z, step):
+def softmax_loss(v, memory, slots, temperature, Z, step):
     """Cross-entropy over the whole bank (Wu et al. 2018, Eq. (2)): all images are negatives."""
-    return F.cross_entropy(similarity, index)
+    return F.cross_entropy(v @ memory.T / temperature, slots[:, 0])
 
 
 LOSSES = {"nce": nce_loss, "infonce": infonce_loss, "softmax": softmax_loss}
@@ -84,13 +93,11 @@ def train_step(embed, memory, Z, optimizer, x, index, draws, step, loss_of, temp
                bank_momentum, proximal):
     """One step of InstDisc on N images; returns the loss. Updates the bank in place.
 
-    `index` (N,) are the slots of the images, `draws` (N, K) those of their negatives. Computing all
-    similarities and selecting K needs memory for N n + N K numbers; copies of the slots would need
-    N K D.
+    `index` (N,) are the slots of the images, `draws` (N, K) those of their negatives.
     """
     v = unit(embed(x))                                          # (N, D)
-    similarity = v @ memory.T / temperature                     # (N, n)
-    loss = loss_of(similarity, index, draws, Z, step)
+    slots = torch.cat([index[:, None], draws], dim=1)           # (N, 1 + K)
+    loss = loss_of(v, memory, slots, temperature, Z, step)
     # Proximal regularisation (Wu et al. 2018, Eq. (9)); the released code has none.
     loss = loss + proximal * (v - memory[index]).square().sum(1).mean()
     optimizer.zero_grad()

@@ -76,7 +76,7 @@ def test_the_losses_of_instdisc_are_their_formulas():
     v, memory, index = units(N, 4), units(n, 4, seed=1), torch.tensor([4, 0, 9])
     draws = torch.randint(0, n, (N, K), generator=torch.Generator().manual_seed(2))
     draws[0, 1] = 4                     # its own slot: allowed in NCE, masked out in InfoNCE
-    Z = torch.tensor(17.3, dtype=torch.float64)
+    slots, Z = torch.cat([index[:, None], draws], 1), torch.tensor(17.3, dtype=torch.float64)
 
     def exp(v, i, j):
         return (v[i] @ memory[j] / t).exp()
@@ -104,33 +104,45 @@ def test_the_losses_of_instdisc_are_their_formulas():
         return total / N
     for kind, loop in (("nce", loop_nce), ("infonce", loop_infonce), ("softmax", loop_softmax)):
         def ours(v):
-            return instdisc.LOSSES[kind](v @ memory.T / t, index, draws, Z.clone(), step=1)
+            return instdisc.LOSSES[kind](v, memory, slots, t, Z.clone(), step=1)
         agree(ours, loop, v)
+
+
+def test_similarities_are_those_of_the_slots_however_they_are_computed():
+    """Few slots of a long bank are copied; otherwise the whole bank is multiplied."""
+    for n, copied in ((40, True), (8, False)):
+        v, memory, slots = units(3, 4), units(n, 4, seed=1), torch.randint(n, (3, 6))
+        assert (6 * 4 < 2 * n) == copied
+
+        def loop(v):
+            return torch.stack([torch.stack([v[i] @ memory[j] for j in slots[i]])
+                                for i in range(3)]).square().sum()
+        agree(lambda v: instdisc.similarities(v, memory, slots).square().sum(), loop, v)
 
 
 def test_equal_scores_give_the_closed_forms():
     """And the estimate of Z from them makes P = 1 / n."""
     K, n, Z = 4096, 50_000, torch.zeros((), dtype=torch.float64)
-    similarity, index = torch.full((2, n), .7, dtype=torch.float64), torch.tensor([1, 2])
-    draws = torch.randint(10, n, (2, K))
+    v, memory = torch.full((2, 1), .7, dtype=torch.float64), torch.ones(n, 1, dtype=torch.float64)
+    slots = torch.cat([torch.tensor([[1], [2]]), torch.randint(10, n, (2, K))], 1)
     expected = math.log(K + 1) + K * math.log1p(1 / K)
     assert expected == pytest.approx(9.318, abs=1e-3)           # nearly ln(K + 1) + 1
-    found = instdisc.nce_loss(similarity, index, draws, Z, step=0)
+    found = instdisc.nce_loss(v, memory, slots, 1., Z, step=0)
     assert found == pytest.approx(expected, abs=1e-9)
     assert Z == pytest.approx(n * math.exp(.7))
-    found = instdisc.infonce_loss(similarity, index, draws, Z, step=0)
+    found = instdisc.infonce_loss(v, memory, slots, 1., Z, step=0)
     assert found == pytest.approx(math.log(1 + K), abs=1e-9)
-    instdisc.nce_loss(2 * similarity, index, draws, Z, step=1)
+    instdisc.nce_loss(2 * v, memory, slots, 1., Z, step=1)
     assert Z == pytest.approx(n * math.exp(.7))                 # estimated once
 
 
 def test_only_the_first_step_communicates_about_Z(monkeypatch):
     calls = []
     monkeypatch.setattr(ddp, "mean", lambda x: calls.append(x) or x)
-    similarity, index, draws = units(4, 9), torch.arange(4), torch.randint(9, (4, 5))
+    v, memory, slots = units(4, 3), units(9, 3), torch.randint(9, (4, 6))
     Z = torch.zeros((), dtype=torch.float64)
     for step in range(3):
-        instdisc.nce_loss(similarity, index, draws, Z, step)
+        instdisc.nce_loss(v, memory, slots, .2, Z, step)
     assert len(calls) == 1 and Z > 0
 
 
@@ -144,10 +156,11 @@ def test_the_first_loss_is_that_of_the_released_bank():
     _, memory, _, _ = instdisc.build(s, CPU)
     assert memory.shape == (n, 128) and memory.norm(dim=1).mean() == pytest.approx(1, abs=.02)
     torch.manual_seed(0)
-    similarity, index = unit(torch.randn(256, 128)) @ memory.T / .07, torch.arange(256)
+    v, index = unit(torch.randn(256, 128)), torch.arange(256)
     for K, expected in ((4096, 10.02), (512, 8.14)):
         draws = instdisc.draw_negatives(n, K, 256, 0, 0, CPU)
-        loss = instdisc.nce_loss(similarity, index, draws, torch.zeros(()), step=0)
+        slots = torch.cat([index[:, None], draws], 1)
+        loss = instdisc.nce_loss(v, memory, slots, .07, torch.zeros(()), step=0)
         assert abs(loss - expected) < .35
 
 
