@@ -77,7 +77,7 @@ def chunked_step(encoder, embed, no_sync, optimizer, views, n, parts, temperatur
     slices, z = [slice(i, None, parts) for i in range(parts)], None
     statistics = running_statistics(encoder)
     before, mean = [s.clone() for s in statistics], [torch.zeros_like(s) for s in statistics]
-    set_bn_momentum(encoder, 1.)                # running statistics are those of the last part
+    set_bn_momentum(encoder, 1.)                # each part replaces the running statistics
     for part in slices:
         with torch.no_grad():
             embedded = unit(embed(torch.cat(views(part)))).unflatten(0, (2, -1))

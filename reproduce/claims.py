@@ -257,7 +257,7 @@ def table(found, scale):
     """Lines of markdown: the claims with the paper's difference, ours and the verdict.
 
     `found` as `report.results` returns it, of the runs with seeds from FIRST_SEED on. Claims whose
-    cells are not complete are named below; they count for Holm's correction, too.
+    cells are not complete are named below the table; they count for Holm's correction, too.
     """
     judge, lines = Judge(found, scale), []
     for title, claims in (("Claims of the paper", PAPER), ("Claims of ours", OURS)):

@@ -103,7 +103,7 @@ class Split:
         self.objects.append(torch.tensor(objects, dtype=torch.float32).view(-1, 6))
 
     def rows(self):
-        """All objects as rows of the metric (m, 7)."""
+        """All objects, one row of the metric each: (m, 7)."""
         rows = []
         for i, objects in enumerate(self.objects):
             image = torch.full_like(objects[:, :1], i)
