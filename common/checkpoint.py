@@ -18,7 +18,7 @@ from common import UserError
 from common.model import ARCHS, Encoder, head, mlp_from, resnet
 
 CONTENT = {"step": int, "settings": dict}       # in every checkpoint of a training script
-FAIR = "FAIR's MoCo"                            # what the settings of its files name as the script
+FAIR = "FAIR's MoCo"                            # the `script` in the settings of its files
 
 
 class Damaged(UserError):

@@ -50,8 +50,8 @@ class Images:
 class Data:
     """What a path holds. Without labels, `test` and `classes` are None.
 
-    `hash` is that of the training files' names and of some of their sizes: a run is not continued
-    with other images.
+    `hash` covers the names of the training files and some of their sizes, so that a run is not
+    continued with other images.
     """
 
     path: str
@@ -74,7 +74,10 @@ def open_data(path=None):
 
 
 def open_labelled(path=None, advice=""):
-    """Like `open_data`. Raises UserError, with `advice`, without labels or test images."""
+    """Like `open_data`, for tasks that need labels and test images.
+
+    Raises UserError if they are missing; its message ends with `advice`.
+    """
     dataset = open_data(path)
     if dataset.test is None:
         raise UserError(f"{path}: labels are needed; expected train/<class>/ and val/<class>/ or "

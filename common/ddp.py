@@ -107,7 +107,7 @@ def say(text):
 
 
 def discard_output():
-    """Send what is still printed nowhere: the program that read it has ended."""
+    """Discard further output to stdout, because the program that read it has ended."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

@@ -141,7 +141,7 @@ class Run:
 
     def _recover(self):
         """Leave the newest intact checkpoint of this run at `path`; returns it, or None."""
-        # torchrun restarts a run with the same flags: it is not to begin anew then.
+        # torchrun restarts a run with the same flags; it must not begin anew then.
         if self.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             for name in ("checkpoint.pt", "previous.pt"):
                 (self.out / name).unlink(missing_ok=True)
@@ -205,10 +205,11 @@ class Run:
         epoch_ends = self.step % self.epoch == 0
         evaluated = self.step // self.epoch % self.eval_every == 0 or self.step == self.total
         due = epoch_ends and evaluated
-        # Saving takes at most 5 % of the time; and is not put off beyond save_minutes.
+        # Saving takes at most 5 % of the time, and is due after `save_minutes` at the latest.
         since = time.time() - self.saved
         late = since >= 60 * self.save_minutes or (epoch_ends and since >= 20 * self.save_seconds)
-        # All but `late` and stop requests is the same on all processes: they ask at the same steps.
+        # All processes have the same values here, except for `late` and stop requests. So they ask
+        # each other at the same steps.
         ask = epoch_ends or self.step % self.stop_every == 0
         stop = self.step == self.end or (ask and ddp.any_process(self.stop_requested, self.device))
         save = stop or due or (ask and ddp.any_process(late, self.device))

@@ -137,7 +137,7 @@ def begin(flags, argv, scales, presets):
 
 
 def run_options(args, steps_per_epoch, device):
-    """What `args` say to `run.Run`, as a dict."""
+    """The arguments of `run.Run` that follow from `args`, as a dict."""
     settings = {name: value for name, value in vars(args).items() if name not in RUN_FLAGS}
     return dict(out=args.out, settings=settings, total=args.epochs * steps_per_epoch,
                 epoch=steps_per_epoch, eval_every=max(1, args.epochs // args.n_evals),
@@ -146,7 +146,7 @@ def run_options(args, steps_per_epoch, device):
 
 
 def feature_options(args, device):
-    """What `args` say to `evaluate.features`, as a dict."""
+    """The arguments of `evaluate.features` that follow from `args`, as a dict."""
     return dict(normalisation=args.normalisation, size=args.size, device=device,
                 workers=args.workers, precision=args.precision)
 
@@ -167,7 +167,7 @@ def monitor(args, dataset, encoder, augmented, device, n=256):
 
 
 def views(args, images, n_views, run, device, drop_last=True):
-    """`data.views` for the steps of `run`, as `args` say."""
+    """`data.views` for the steps of `run`, with the settings `args`."""
     return data.views(images, n_views, size=args.size, area=args.crop, batch=args.batch_size,
                       seed=args.seed, start=run.start, stop=run.end, device=device,
                       workers=args.workers, drop_last=drop_last)
@@ -223,7 +223,7 @@ def set_lr(optimizer, lr):
 
 
 def embedder(module, args, device, batch=None):
-    """How a step calls a module, by `args`: in bf16 autocast, compiled, or as CUDA graphs.
+    """A callable that applies `module` as `args` say: in bf16, compiled, or as CUDA graphs.
 
     `batch` is the number of images N of every call, if it is always the same and there is one
     backward pass per step. Then a single GPU records the module's passes: a step launches two
