@@ -17,6 +17,7 @@ x (N, 3, H, W): padded images. h (n, width): layer4 of n regions, pooled. Boxes:
 
 import functools
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -300,7 +301,9 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = False      # every size of images would be timed
     scale, classes, train_split, test_split = voc.open_data(first.data)
     args, f = settings(argv, scale)
+    # Settings: with other images or boxes it is another run.
     args.images = len(train_split)
+    args.objects_hash = f"{zlib.crc32(train_split.rows().tobytes()):08x}"
     train.check_batch(args.images, args.batch_size, bn_group=1)
     torch.manual_seed(args.seed)
     detector = Detector(f, len(classes), args)

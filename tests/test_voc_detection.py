@@ -385,6 +385,10 @@ def test_resnet50_is_trained_on_a_vocdevkit_tested_and_resumed(devkit, tmp_path,
     assert {"device", "torch", "commit"} <= result.keys()
     with Image.open(tmp_path / "out/detections.png") as picture:
         assert picture.size[0] > 500 and len(np.unique(np.asarray(picture))) > 50
+    xml = devkit / "VOC2012/Annotations/trainval0.xml"
+    xml.write_text(xml.read_text().replace("<xmax>80<", "<xmax>79<"))
+    assert "out: holds a run with other settings (objects_hash" in refused(
+        script, *argv, "--out", tmp_path / "out")
 
 
 def everything(folder, devkit):
