@@ -356,8 +356,17 @@ def test_means_in_the_walkthrough_are_those_of_the_results():
     papers = np.array(re.findall(r"\| (\d\d\.\d) \|", page), float)
     tables = "".join(line for line in text.splitlines() if line.startswith("|"))
     stated, known = np.array(re.findall(r"\b\d\d\.\d\b", tables), float), [*papers, *means[:, 0]]
-    assert len(stated) > 30
+    assert len(stated) > 20
     assert (abs(stated[:, None] - known).min(1) < .056).all()
+    losses = [line.split("|")[2:-1] for line in text.splitlines()
+              if line.startswith(("| lost from h", "| the same without training"))]
+    found = report.results(plan.Place("cifar10-laptop", "cifar10-laptop"), claims.FIRST_SEED)
+    rows = [(row, feature) for feature in ("hidden", "z") for row in ("MoCo v2", "untrained")]
+    for line, (row, feature) in zip(losses, rows, strict=True):
+        for what, lost in zip(("class", "grey", "hue", "noise", "rotation"), line, strict=True):
+            h, layer = (np.mean(found["section3", f"{row}, {name}", what])
+                        for name in ("h", feature))
+            assert abs(h - layer - float(lost)) < .0501
 
 
 TRAINING = """
