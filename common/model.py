@@ -6,6 +6,8 @@ BasicBlock per stage). The suffix `-3x3` is for images of 32 pixels: 3x3 stem, n
 """
 
 import functools
+import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -99,24 +101,45 @@ class _NormaliseGroups(torch.autograd.Function):
 
 
 class SmallConv2d(nn.Conv2d):
-    """A convolution that is computed as a matrix product where its output is a single pixel.
+    """A convolution that is computed as a matrix product where its output is up to 2x2 pixels.
 
-    The result is the same, and weights that only see padding are left out. In the last stage of a
-    ResNet on 32 pixels, where images are 1x1, one of nine weights remains: a step of ResNet-10
-    takes a quarter less time.
+    The result is the same up to rounding. On a CPU, PyTorch's own convolutions are slow there, and
+    they use weights that only see padding: eight of nine in the last stage of a ResNet on images of
+    32 pixels, which are 1x1 there. A step of ResNet-10 takes about half the time.
     """
 
     def forward(self, x):                                       # (N, C, H, W)
-        size = zip(x.shape[2:], self.kernel_size, self.padding, self.stride)
-        if any(length + 2 * padding - kernel >= stride for length, kernel, padding, stride in size):
+        pixels, shape, crop = _windows(*x.shape[2:], self.kernel_size, self.padding, self.stride)
+        if math.prod(shape) > 4 or x.device.type != "cpu":
             return super().forward(x)
-        (height, width), (top, left) = self.kernel_size, self.padding
-        bottom, right = max(0, height - top - x.shape[2]), max(0, width - left - x.shape[3])
         # Negative padding crops. Unlike a slice, its gradient has the memory format of the weight.
-        weight = F.pad(self.weight, (-left, -right, -top, -bottom))
-        x = x[:, :, :weight.shape[2], :weight.shape[3]]
-        x, weight = (tensor.permute(0, 2, 3, 1).flatten(1) for tensor in (x, weight))
-        return F.linear(x, weight, self.bias)[:, :, None, None]
+        weight = F.pad(self.weight, crop) if any(crop) else self.weight
+        weight = weight.permute(0, 2, 3, 1).flatten(1)          # (outputs, taps C)
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)                 # (N, H W, C)
+        x = F.pad(x, (0, 0, 0, max(pixels) + 1 - x.shape[1]))   # a pixel of zeros, if it is needed
+        x = x.index_select(1, torch.tensor(pixels)).reshape(-1, weight.shape[1])
+        return F.linear(x, weight, self.bias).unflatten(0, (-1, *shape)).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _windows(height, width, kernel, padding, stride):
+    """Which pixels the taps of a convolution read, for all pixels of its output.
+
+    Returns their indices, with height * width for padding; the output's height and width; and the
+    negative padding that removes weights which only see padding from the kernel.
+    """
+    sides = []
+    for size, k, p, s in zip((height, width), kernel, padding, stride):
+        starts = range(-p, size + p - k + 1, s)                 # one for each pixel of the output
+        taps = [tap for tap in range(k) if any(0 <= start + tap < size for start in starts)]
+        sides.append((starts, range(taps[0], taps[-1] + 1), k - 1 - taps[-1]))
+    (tops, rows, below), (lefts, columns, right) = sides
+    pixels = []
+    for top, left, row, column in itertools.product(tops, lefts, rows, columns):
+        y, x = top + row, left + column
+        inside = 0 <= y < height and 0 <= x < width
+        pixels.append(y * width + x if inside else height * width)
+    return pixels, (len(tops), len(lefts)), (-columns[0], -right, -rows[0], -below)
 
 
 def resnet(arch, bn_group=None, norm=None):

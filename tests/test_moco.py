@@ -237,8 +237,8 @@ def test_running_statistics_move_once_by_the_mean_over_groups():
 
 
 @pytest.mark.parametrize("kernel, padding", [(1, 0), (3, 1), (7, 3)])
-def test_a_convolution_to_one_pixel_is_a_matrix_product(kernel, padding, monkeypatch):
-    """Values and gradients of all parameters, in float64, for images from 1 to 5 pixels."""
+def test_a_convolution_to_few_pixels_is_a_matrix_product(kernel, padding, monkeypatch):
+    """Values and all gradients, in float64, for images from 1 to 5 pixels."""
     for stride in (1, 2):
         for height, width in ((1, 1), (1, 2), (2, 2), (3, 1), (4, 3), (5, 5)):
             torch.manual_seed(0)
@@ -246,14 +246,18 @@ def test_a_convolution_to_one_pixel_is_a_matrix_product(kernel, padding, monkeyp
             small = copy.deepcopy(plain)
             small.__class__ = SmallConv2d
             x = torch.randn(2, 3, height, width, dtype=torch.float64)
-            outs = [layer(x) for layer in (plain, small)]
-            torch.testing.assert_close(*outs, rtol=1e-12, atol=1e-12)
-            for layer, out in zip((plain, small), outs, strict=True):
-                out.square().sum().backward()
-            for a, b in zip(plain.parameters(), small.parameters(), strict=True):
-                torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
-    monkeypatch.delattr(torch.nn.Conv2d, "forward")             # a 1x1 image does not need it
-    assert small(x[:, :, :1, :1]).shape == (2, 4, 1, 1)
+            found = []
+            for layer in (plain, small):
+                inputs = x.clone().requires_grad_()
+                out = layer(inputs)
+                found.append([out, *torch.autograd.grad(out.square().sum(),
+                                                        [inputs, *layer.parameters()])])
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    monkeypatch.delattr(torch.nn.Conv2d, "forward")             # small images do not need it
+    for size in (1, 2):
+        assert small(x[:, :, :2 * size - 1, :2 * size - 1]).shape == (2, 4, size, size)
+    assert small(x[:0, :, :3, :3]).shape == (0, 4, 2, 2)
 
 
 def three_steps(folder):
