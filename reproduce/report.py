@@ -29,9 +29,9 @@ Intervals still move when runs are added, because the spreads of all cells are e
 
 Sections 1 and 3 call the activation `hidden` z as well: it is as wide as h, and our z has 128
 dimensions. Of the predictions in Section 3, MoCo v2's augmentation changes `grey` and `hue` only;
-rotation, noise and Sobel filters are not part of it. An untrained head, whose output has
-fewer dimensions than h, loses some of each: it is the control. The textures have no orientation, so
-their rotation cannot be known.
+rotation, noise and Sobel filters are not part of it. An untrained head, whose output has fewer
+dimensions than h, loses some of each: it is the control. The textures have no orientation, so their
+rotation cannot be known.
 
 Runs at or before commit f1fe113 were made by the code before its redesign. Random numbers are drawn
 in another order since then.
