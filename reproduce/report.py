@@ -177,6 +177,7 @@ def length(place, found):
     axis.axhline(0, color="gray", linestyle="--")
     axis.set_xscale("log", base=10)
     axis.set_xticks([epochs for epochs, *_ in points], [epochs for epochs, *_ in points])
+    axis.minorticks_off()
     axis.set(xlabel="epochs of training", ylabel="gain by the projection head, points of top-1",
              title=f"{plan.TITLES['length']}, {place.name}")
     figure.savefig(place.folder / "length.png", dpi=110)
