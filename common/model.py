@@ -112,9 +112,11 @@ class SmallConv2d(nn.Conv2d):
     def forward(self, x):                                       # (N, C, H, W)
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        pixels, shape, crop = _windows(*x.shape[2:], self.kernel_size, self.padding, self.stride)
+        sides = zip(x.shape[2:], self.kernel_size, self.padding, self.stride)
+        shape = [(size + 2 * p - k) // s + 1 for size, k, p, s in sides]
         if math.prod(shape) > 4:
             return super().forward(x)
+        pixels, crop = _windows(*x.shape[2:], self.kernel_size, self.padding, self.stride)
         # Negative padding crops. Unlike a slice, its gradient has the memory format of the weight.
         weight = F.pad(self.weight, crop) if any(crop) else self.weight
         weight = weight.permute(0, 2, 3, 1).flatten(1)          # (outputs, taps C)
@@ -128,8 +130,8 @@ class SmallConv2d(nn.Conv2d):
 def _windows(height, width, kernel, padding, stride):
     """Which pixels the taps of a convolution read, for all pixels of its output.
 
-    Returns their indices, with height * width for padding; the output's height and width; and the
-    negative padding that removes weights which only see padding from the kernel.
+    Returns their indices, with height * width for padding, and the negative padding that removes
+    weights which only see padding from the kernel. For small outputs: the indices are a list.
     """
     sides = []
     for size, k, p, s in zip((height, width), kernel, padding, stride):
@@ -142,7 +144,7 @@ def _windows(height, width, kernel, padding, stride):
         y, x = top + row, left + column
         inside = 0 <= y < height and 0 <= x < width
         pixels.append(y * width + x if inside else height * width)
-    return pixels, (len(tops), len(lefts)), (-columns[0], -right, -rows[0], -below)
+    return pixels, (-columns[0], -right, -rows[0], -below)
 
 
 def resnet(arch, bn_group=None, norm=None):

@@ -91,8 +91,8 @@ def test_f_loads_into_a_plain_torchvision_resnet50(small, tmp_path, inside):
     assert missing == ["fc.weight", "fc.bias"] and not unexpected
     plain.fc, f = torch.nn.Identity(), resnet("resnet50")
     f.load_state_dict(saved["f"])
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    torch.testing.assert_close(plain.double().eval()(x), f.double().eval()(x))
+    x = torch.randn(2, 3, 96, 96)               # for 64 pixels, only up to rounding: SmallConv2d
+    assert torch.equal(plain.eval()(x), f.eval()(x))
     for name in ("linear_probe-cifar10-probe-encoder=random", "voc_detection-scenes-random"):
         (tmp_path / "runs" / name).mkdir()                      # newer, and no encoders
         (tmp_path / "runs" / name / "checkpoint.pt").touch()
