@@ -5,7 +5,7 @@ whose features are those of x. R is a Deep Image Prior (Ulyanov et al. 2018): it
 look natural, so x_rec shows what the features have kept of x.
 
     python dip_inversion.py                     # a laptop: built-in images, three minutes
-    python dip_inversion.py IMAGENET            # encoders: Table 1, with and without head (a)
+    python dip_inversion.py IMAGENET            # encoders: the runs of table1a and table1
     python dip_inversion.py --no-head moco_v1.pth.tar --head moco_v2.pth.tar --images PHOTO PHOTO
 
 The last command inverts FAIR's encoders. One image at 224 pixels takes two hours on 2 cores.
@@ -51,8 +51,8 @@ def layer(channels, out, kernel, *after):
 class R(nn.Module):
     """noise (1, 32, S', S') -> x_rec (1, 3, size, size) in [0, 1]: the released U-Net.
 
-    Each level halves the size; as many as leave 4 to 8 pixels. S' is `size` rounded up to a
-    multiple of 2^levels; x_rec is cut from the upper left. At 224: six levels, 2,606,763 weights.
+    Each level halves the size, until at most 4 pixels or six levels are reached. S' is `size`
+    rounded up to a multiple of 2^levels; x_rec is its upper left part. At 224: 2,606,763 weights.
     """
 
     def __init__(self, size):
@@ -123,8 +123,9 @@ def column(encoder, feature, normalisation, device):
 def invert(columns, x, iterations, seed):
     """Yield `(iteration, x_rec, error)` for iterations 1 to `iterations` of Adam.
 
-    For C `columns` and images x (n, 3, S, S): x_rec (C, n, 3, S, S) and its relative error (C, n),
-    |f(x_rec) - f(x)|^2 / |f(x)|^2. The loss of a panel is the mean squared difference of features.
+    For C functions `columns` (see `column`) and images x (n, 3, S, S): x_rec (C, n, 3, S, S) and
+    its relative error (C, n), |f(x_rec) - f(x)|^2 / |f(x)|^2. The loss of a panel is the mean
+    squared difference of features.
     """
     with torch.no_grad():
         targets = [embed(x) for embed in columns]               # (n, width) each
@@ -164,7 +165,7 @@ def structure(x, y, flat=.02):
     """Mean local correlation (n,) of the grey images, at most 1; ignores brightness and contrast.
 
     The structure term of SSIM (Wang et al. 2004, Eq. (10)) in Gaussian windows of 11 x 11 pixels
-    with a sigma of 1.5. A standard deviation below `flat` counts as no structure.
+    with a sigma of 1.5. Windows in which both deviate by less than `flat` count as equal.
     """
     sigma = x.new_full((len(x),), 1.5)
 
@@ -188,7 +189,7 @@ def measure(x, x_rec, error):
 
 
 def choose(dataset, n):
-    """At most n images of the data, of different classes in turn, if any: `(names, images)`."""
+    """At most n test images (or training images), from different classes: `(names, images)`."""
     images = dataset.test or dataset.train
     n = min(n, len(images))
     if dataset.classes is None:
@@ -204,9 +205,9 @@ def choose(dataset, n):
 
 
 def differences_to_first(found):
-    """For each column after the first, {measure: [difference, half of its 95 % interval]}.
+    """For each column after the first, {measure: [mean difference, half of its 95 % interval]}.
 
-    Paired over the images of `measure`; two or more.
+    Differences are paired over the images; `found` is from `measure`, for two images or more.
     """
     from scipy.stats import t                                   # slow to import
     compared = []
@@ -235,7 +236,8 @@ def image_files(paths, size):
 def read_encoder(path, flag, scale, preset, hidden):
     """`(encoder, settings)` of `path`, by default of the run of `preset`.
 
-    Raises UserError if there is no such file, or if `hidden` is wrong about its head.
+    Raises UserError if there is no such file, or if its head has a hidden layer and
+    `hidden` is False, or the other way round.
     """
     path = path or f"runs/moco_v2-{scale}-{preset}/checkpoint.pt"
     if not Path(path).exists():
@@ -257,7 +259,7 @@ def flags():
     add("--head", metavar="FILE", help="encoder with MLP head (default: run of table1)")
     add("--n-images", type=train.COUNT, default=4, metavar="n",
         help="images of DATA; the picture shows four")
-    add("--images", nargs="+", metavar="FILE", help="image files instead of DATA's")
+    add("--images", nargs="+", metavar="FILE", help="image files to use instead of DATA")
     add("--iterations", type=train.COUNT, metavar="n", help="(default: 3100; small images: 1000)")
     add("--seed", type=train.NATURAL, default=0, metavar="n")
     add("--device", choices=train.DEVICES, help="default: cuda if there is a GPU, else cpu")
@@ -268,7 +270,7 @@ def flags():
 def differences(a, b):
     """What else the settings of the two encoders differ in, as a sentence."""
     if a.get("script") == b.get("script") == FAIR:
-        return "FAIR's MoCo v1 and v2 also differ in augmentation and temperature."
+        return "FAIR's MoCo v1 and v2 also differ in augmentation, temperature and schedule."
     names = sorted(a.keys() & b.keys() - {"head", "preset"})
     found = [f"{name} ({a[name]} and {b[name]})" for name in names if a[name] != b[name]]
     return f"The encoders also differ in {', '.join(found)}." if found else ""
@@ -333,8 +335,9 @@ def main(argv=None):
         ddp.say(f"{name}, mean of {len(x)} images: {means}".replace("\n", ", "))
     compared = differences_to_first(found) if len(x) > 1 else []
     for name, values in zip(COLUMNS[1:], compared):
-        pairs = ", ".join(f"{key} {mean:+.3f} ± {half:.3f}" for key, (mean, half) in values.items())
-        ddp.say(f"{name}, less {COLUMNS[0]}: {pairs}")
+        pairs = ", ".join(f"{key} {mean:+.3f} ± {half:.3f}"
+                          for key, (mean, half) in values.items())
+        ddp.say(f"({name}) minus ({COLUMNS[0]}), ± half of the 95 % interval: {pairs}")
     content = {"columns": COLUMNS, "images": names, "panels": found,
                "differences_to_first": compared, "iterations": iterations, "seed": args.seed,
                "encoders": [a, b], "minutes": (time.time() - began) / 60, **run.machine(device)}
@@ -343,4 +346,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.launch(main, less_memory="fewer --images")
+    train.launch(main, less_memory="a smaller --n-images or fewer --images")

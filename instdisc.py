@@ -9,7 +9,7 @@ view, one encoder, no queue.
     python instdisc.py DATA --loss infonce              # Eq. (1) instead of NCE
 
 x (N, 3, H, W): one view of N images. z = g(f(x)) (N, D); v (N, D) is z at unit length. memory
-(n, D): the bank of all n images. draws (N, K): the slots that are an image's negatives. W processes
+(n, D): the bank of all n images. drawn (N, K): the slots drawn as an image's negatives. W processes
 of N images each.
 """
 
@@ -36,7 +36,7 @@ def draw_negatives(n, K, batch, seed, step, device):
 def similarities(v, memory, slots):
     """Dot products (N, S) of v (N, D) with an image's own `slots` (N, S) of the bank (n, D).
 
-    Copies of the slots are N S D numbers. If that is much, products with the whole bank are faster.
+    Copying the slots takes N S D numbers. If S D is large, products with the whole bank are faster.
     """
     if slots.shape[1] * memory.shape[1] < 2 * len(memory):
         return torch.bmm(memory[slots], v[:, :, None])[:, :, 0]
@@ -89,14 +89,14 @@ def update_bank(memory, index, v, momentum):
     memory[index] = unit(momentum * memory[index] + (1 - momentum) * v).to(memory.dtype)
 
 
-def train_step(embed, memory, Z, optimizer, x, index, draws, step, loss_of, temperature,
+def train_step(embed, memory, Z, optimizer, x, index, drawn, step, loss_of, temperature,
                bank_momentum, proximal):
     """One step of InstDisc on N images; returns the loss. Updates the bank in place.
 
-    `index` (N,) are the slots of the images, `draws` (N, K) those of their negatives.
+    `index` (N,) are the slots of the images, `drawn` (N, K) those of their negatives.
     """
     v = unit(embed(x))                                          # (N, D)
-    slots = torch.cat([index[:, None], draws], dim=1)           # (N, 1 + K)
+    slots = torch.cat([index[:, None], drawn], dim=1)           # (N, 1 + K)
     loss = loss_of(v, memory, slots, temperature, Z, step)
     # Proximal regularisation (Wu et al. 2018, Eq. (9)); the released code has none.
     loss = loss + proximal * (v - memory[index]).square().sum(1).mean()
@@ -107,7 +107,7 @@ def train_step(embed, memory, Z, optimizer, x, index, draws, step, loss_of, temp
     return loss.detach()
 
 
-# Settings: those of InstDisc's released code for ImageNet and CIFAR-10.
+# Settings, mostly those of InstDisc's released code for ImageNet and CIFAR-10 (docs/choices.md).
 
 INSTDISC = dict(stack="moco_v1", head="none", dim=128, crop=(.2, 1.), batch_size=256, base_lr=.03,
                 warmup=0, schedule="steps", bn_group=32, loss="nce", K=4096, bank_momentum=.5,
@@ -135,11 +135,12 @@ def flags():
     add("--loss", choices=LOSSES, help="nce: noise-contrastive estimation, as released; infonce: "
         "Eq. (1); softmax: cross-entropy over the whole bank")
     add("--K", type=train.COUNT, metavar="n", help="negatives drawn for each image")
-    add("--temperature", type=train.POSITIVE, help="by which similarities are divided")
-    add("--bank-momentum", type=train.MOMENTUM, metavar="m", help="share of a slot that is kept")
+    add("--temperature", type=train.POSITIVE, help="temperature that divides the similarities")
+    add("--bank-momentum", type=train.MOMENTUM, metavar="m", help="momentum of the bank's slots")
     add("--proximal", type=train.NON_NEGATIVE, metavar="w",
         help="weight of the proximal regularisation (Wu et al. 2018, Eq. (9))")
-    add("--crop", type=train.AREA, nargs=2, metavar=("LO", "HI"), help="crop area")
+    add("--crop", type=train.AREA, nargs=2, metavar=("LO", "HI"),
+        help="range of the crop's share of the image's area")
     add("--bn-group", type=train.SEVERAL, metavar="n", help="images that share batch statistics")
     return parser
 
@@ -152,7 +153,7 @@ def check(args):
 
 
 def build(args, device):
-    """Encoder, bank (n, D), Z () and optimizer, initialised from the seed; Z is 0: unknown."""
+    """Encoder, bank (n, D), Z () and optimizer, from the seed; step 0 estimates Z for NCE."""
     torch.manual_seed(args.seed)
     f = resnet(args.arch, args.bn_group)
     encoder = Encoder(f, head(args.head, f.width, args.dim))
@@ -164,8 +165,8 @@ def build(args, device):
     return encoder, memory.to(device), torch.zeros((), device=device), optimizer
 
 
-def chance(args):
-    """The loss of a guess."""
+def chance_loss(args):
+    """The loss if all similarities are equal."""
     if args.loss == "softmax":
         return math.log(args.images)
     return math.log(args.K + 1) + (args.loss == "nce")
@@ -176,13 +177,13 @@ def main(argv=None):
     check(args)
     n, steps_per_epoch = args.images, data.steps_per_epoch(args.images, args.batch_size)
     encoder, memory, Z, optimizer = build(args, device)
-    augmented = augment.Augment(args.stack, (.4, .4, .4, .4), normalisation=args.normalisation,
-                                seed=args.seed).to(device)
+    augmentation = augment.Augment(args.stack, (.4, .4, .4, .4), normalisation=args.normalisation,
+                                   seed=args.seed).to(device)
     options = train.feature_options(args, device)
-    signals = train.monitor(args, dataset, encoder, augmented, device)
+    signals = train.monitor(args, dataset, encoder, augmentation, device)
 
     def monitor():
-        """Also the kNN accuracy in percent of z with the bank as neighbours, as released."""
+        """`train.monitor`, and `bank_knn`, the kNN accuracy of z in the bank, in percent."""
         found = signals()
         if dataset.test:
             z = evaluate.features(encoder, dataset.test, feature="z", **options)
@@ -191,7 +192,7 @@ def main(argv=None):
         return found
 
     run = Run({"f": encoder.f, "g": encoder.g, "memory": memory, "Z": Z, "optimizer": optimizer},
-              evaluate=monitor, chance=chance(args),
+              evaluate=monitor, chance_loss=chance_loss(args),
               **train.run_options(args, steps_per_epoch, device))
     embed = train.embedder(ddp.wrap(encoder), args, device, args.batch_size)
     learning_rate = functools.partial(
@@ -200,12 +201,12 @@ def main(argv=None):
     batches = train.views(args, dataset.train, 1, run, device)
     n_draws = 0 if args.loss == "softmax" else args.K           # softmax needs no draws
     for step, x, index in run.steps(batches):
-        draws = ddp.send({**augmented.draw(step, args.batch_size), "index": index}, device)
+        draws = ddp.send({**augmentation.draw(step, args.batch_size), "index": index}, device)
         index = draws.pop("index")
-        x, = augmented.apply(x, draws)                                # (N, 3, H, W)
-        slots = draw_negatives(n, n_draws, args.batch_size, args.seed, step, device)
+        x, = augmentation.transform_views(x, draws)             # (N, 3, H, W)
+        drawn = draw_negatives(n, n_draws, args.batch_size, args.seed, step, device)
         lr = train.set_lr(optimizer, learning_rate(step))
-        loss = train_step(embed, memory, Z, optimizer, x, index, slots, step, LOSSES[args.loss],
+        loss = train_step(embed, memory, Z, optimizer, x, index, drawn, step, LOSSES[args.loss],
                           args.temperature, args.bank_momentum, args.proximal)
         run.log(loss, lr=lr)
     return run.close()

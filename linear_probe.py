@@ -1,9 +1,9 @@
-"""Evaluation: what frozen features know (Sec. 2), and the supervised rows of Table 2 (Sec. 4).
+"""Linear evaluation of frozen features (Sec. 2), and the supervised rows of Table 2 (Sec. 4).
 
 The paper freezes the encoder f, discards its head and trains a linear classifier on h = f(x) by SGD
-on crops and flips (He et al. 2020, Sec. 4.1). `--feature` probes what the head makes of h. With
-`--quick`, it is a logistic regression on features of whole images, in seconds; with `--predict`, it
-asks the features which transformation an image has undergone (Sec. 3). `--train all` trains f too,
+on crops and flips (He et al. 2020, Sec. 4.1). `--feature` probes activations of the head instead of
+h. `--quick` fits a logistic regression to features of whole images, in seconds; with `--predict`,
+it predicts which transformation an image has undergone (Sec. 3). `--train all` trains f as well,
 from random weights: the supervised rows.
 
     torchrun --nproc_per_node=8 linear_probe.py IMAGENET --encoder FILE
@@ -52,8 +52,8 @@ class Frozen(nn.Module):
 def train_step(logits_of, optimizer, x, y, batch):
     """One step of cross-entropy on x (N, 3, H, W), y (N,); returns the loss.
 
-    It is the mean over the global `batch`, which may be uneven over processes: each divides its sum
-    by `batch`, and the factor W undoes DDP's mean over processes.
+    Its mean over processes is the mean over the global `batch`, which may be split unevenly: each
+    process divides its sum by `batch`, and the factor W undoes DDP's averaging.
     """
     loss = F.cross_entropy(precise(logits_of(x)), y, reduction="sum") * ddp.world() / batch
     optimizer.zero_grad()
@@ -75,8 +75,8 @@ def test(model, dataset, **options):
             "confusion": pairs.view(classes, classes).tolist() if classes <= 20 else None}
 
 
-# Section 3: which transformation has an image undergone? The head is said to remove what the loss
-# does not need. Each function maps uint8 images x (n, 3, s, s) to transformed ones.
+# Section 3: which transformation has an image undergone? According to the paper, the head removes
+# what the loss does not need. Each function maps uint8 images x (n, 3, s, s) to transformed ones.
 
 def grey(x):
     return augment.grayscale(x.float()).round().byte().expand_as(x)
@@ -91,21 +91,21 @@ def noise(x):
 
 
 def sobel(x):
-    """Length of the gradient of each channel; a step from black to white gives white."""
+    """Magnitude of the gradient of each channel; a step from black to white gives white."""
     weight = torch.tensor([[1., 0., -1.], [2., 0., -2.], [1., 0., -1.]], device=x.device) / 4
     weight = torch.stack([weight, weight.T])[:, None]                           # (2, 1, 3, 3)
     padded = F.pad(x.float().flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
     return F.conv2d(padded, weight).norm(dim=1).view(x.shape).round().clamp(0, 255).byte()
 
 
-def rotate(x, turns):
-    return x.rot90(turns, (2, 3))
+def rotate(x, quarter_turns):
+    return x.rot90(quarter_turns, (2, 3))
 
 
-# The variants of each image, which are to be told apart; None is the image itself.
-VARIANTS = {"rotation": (None, *(functools.partial(rotate, turns=k) for k in (1, 2, 3))),
+# The variants of each image that a probe must tell apart; None is the image itself.
+VARIANTS = {"rotation": (None, *(functools.partial(rotate, quarter_turns=k) for k in (1, 2, 3))),
             "grey": (None, grey), "noise": (None, noise), "sobel": (None, sobel)}
-MOST = 5000                                     # training images, and test images, at most
+MAX_IMAGES = 5000                               # per split, training or test
 
 
 def hues(images, **options):
@@ -122,7 +122,7 @@ def split(dataset, seed):
     if test is None:
         parts = np.split(rng.permutation(len(train)), [len(train) // 5])
         test, train = (train.take(part) for part in parts)
-    return [part.take(rng.permutation(len(part))[:MOST]) for part in (train, test)]
+    return [part.take(rng.permutation(len(part))[:MAX_IMAGES]) for part in (train, test)]
 
 
 def examples(what, feature, encoder, images, cache, options):
@@ -140,9 +140,13 @@ def examples(what, feature, encoder, images, cache, options):
         return encoder.project(torch.cat([cache[change] for change in changes]), feature), labels
 
 
-def answer(what, feature, encoder, sides, options, seed):
-    """The quick probe's result for a prediction, with that of a constant guess; kNN for `class`."""
-    (x, y), (queries, t) = (examples(what, feature, encoder, *side, options) for side in sides)
+def predict(what, feature, encoder, splits, options, seed):
+    """The quick probe of a feature for the target `what`: a dict as from `evaluate.quick_probe`.
+
+    It also holds `guess`, the accuracy of a constant guess in percent, and `knn` for `class`.
+    `splits` are two pairs (images, cache), for training and for the test.
+    """
+    (x, y), (queries, t) = (examples(what, feature, encoder, *side, options) for side in splits)
     found = evaluate.quick_probe(x, y, queries, t, seed, copies=len(VARIANTS.get(what, [None])))
     if what == "class":
         found["knn"] = evaluate.knn(x, y, queries, t)
@@ -156,12 +160,12 @@ def fingerprints(module):
 
 
 def fingerprint(module):
-    """A short hash of a module, by which a run notices that its encoder was trained since."""
+    """A short hash of a module, by which a resumed run detects that its encoder has changed."""
     return hashlib.sha1("".join(fingerprints(module).values()).encode()).hexdigest()[:12]
 
 
 def check_unchanged(module, before):
-    """Raises UserError with the first parameter or buffer that differs from fingerprints before."""
+    """Raises UserError that names the first parameter or buffer that differs from `before`."""
     for name, now in fingerprints(module).items():
         if now != before[name]:
             raise UserError(f"the encoder is not frozen: {name} has changed; the accuracy is not "
@@ -188,7 +192,7 @@ SUPERVISED = {
 STRONG = dict(stack="moco_v2", crop=(.2, 1.))
 PRESETS = {
     "probe": {},
-    "supervised": {},           # this and all below need --train all: Table 2's other columns
+    "supervised": {},           # this and all below need --train all
     "supervised-mlp": dict(head="mlp"),
     "table2a-baseline": dict(STRONG),
     "table2a-medium": dict(STRONG, crop=(.2, .5)),
@@ -223,7 +227,8 @@ def check(args):
     if args.train == "linear" and args.preset != "probe":
         raise UserError(f"--preset {args.preset}: a supervised row; it needs --train all")
     if args.train == "all" and (args.encoder or args.quick or args.feature != ["h"]):
-        raise UserError("--train all starts anew: it excludes --encoder, --quick and --feature")
+        raise UserError("--train all starts from random weights: it excludes --encoder, --quick "
+                        "and --feature")
     if args.train == "linear" and args.head:
         raise UserError(f"--head {args.head}: the head of supervised training; it needs "
                         "--train all")
@@ -233,7 +238,8 @@ def check(args):
     if args.predict and not args.quick:
         raise UserError("--predict: needs --quick")
     if args.quick and args.out and len(args.encoder or []) > 1:
-        raise UserError("--out: expected one encoder; the result of each is written beside it")
+        raise UserError("--out: expected one encoder; without --out, the results of each are "
+                        "written to probe/ beside it")
 
 
 def newest_checkpoint():
@@ -274,14 +280,14 @@ def read_encoders(args):
 
 
 def quick(args):
-    """The quick probe of every encoder and feature, as a table and as quick-FEATURE.json.
+    """Run the quick probe on every encoder and feature; print a table, write quick-FEATURE.json.
 
-    In --out, or in probe/ beside the encoder.
+    The files go to --out, or to probe/ beside the encoder's file.
     """
-    device, asked = ddp.init(args.device), args.predict or ["class"]
+    device, targets = ddp.init(args.device), args.predict or ["class"]
     encoders, dataset = read_encoders(args)
     sampled = split(dataset, args.seed)
-    columns = ["kNN"] * ("class" in asked) + asked
+    columns = ["kNN"] * ("class" in targets) + targets
     ddp.say(f"top-1 accuracy in percent\n{''.join(f'{name:>10}' for name in columns)}   encoder")
     for name, encoder, settings in encoders:
         encoder.eval().to(device, memory_format=torch.channels_last)
@@ -291,8 +297,8 @@ def quick(args):
         whole = [(part, {}) for part in (dataset.train, dataset.test)]
         parts = [(part, {}) for part in sampled]
         for feature in args.feature:
-            found = {what: answer(what, feature, encoder, whole if what == "class" else parts,
-                                  options, args.seed) for what in asked}
+            found = {what: predict(what, feature, encoder, whole if what == "class" else parts,
+                                  options, args.seed) for what in targets}
             row = f"random ({settings['arch']})" if name == "random" else name
             say_row(found, "top1", f"{row}, {feature}")
             file, stem = Path(name), "quick"
@@ -307,7 +313,7 @@ def quick(args):
                      "seed": args.seed, **found.get("class", {}), "predictions": found,
                      **machine(device)}, indent=1))
     say_row(found, "guess", "(a constant guess)")
-    ddp.say(f"top-1 {found[asked[0]]['top1']:.2f} %: {asked[0]}, {row}, {feature}")
+    ddp.say(f"top-1 {found[targets[0]]['top1']:.2f} %: {targets[0]}, {row}, {feature}")
     ddp.close()
 
 
@@ -328,7 +334,7 @@ def prepare_probe(argv, first):
     n = len(dataset.train)
     if args.batch_size > n:
         args.lr, args.batch_size = first.lr or args.lr * n / args.batch_size, n
-        ddp.say(f"note: batch size {n}, all images, and learning rate {args.lr:g}")
+        ddp.say(f"note: fewer images than --batch-size: batch size {n}, learning rate {args.lr:g}")
     args.encoder, [args.feature] = name, first.feature
     if Path(name).is_file():
         folder = "probe" if args.feature == "h" else f"probe-{args.feature}"
@@ -394,10 +400,10 @@ def main(argv=None):
               **train.run_options(args, steps_per_epoch, device))
     if frozen:
         few = evaluate.features(model, evaluate.thin(dataset.test, 256), **options)
-        length = few.norm(dim=1).mean()
-        ddp.say(f"mean length of {args.feature}: {length:.2f}; long ones need a small --lr")
-    augmented = augment.Augment(args.stack, augment.jitter_strength(args.jitter), args.blur,
-                                args.normalisation, args.seed).to(device)
+        norm = few.norm(dim=1).mean()
+        ddp.say(f"mean norm of {args.feature}: {norm:.2f}; large ones need a small --lr")
+    augmentation = augment.Augment(args.stack, augment.jitter_strength(args.jitter), args.blur,
+                                   args.normalisation, args.seed).to(device)
     learning_rate = functools.partial(
         train.learning_rate, lr=args.lr, schedule="steps", drops=args.drops, warmup=args.warmup,
         epochs=args.epochs, steps_per_epoch=steps_per_epoch)
@@ -406,13 +412,13 @@ def main(argv=None):
     for step, x, index in run.steps(batches):
         done = step % steps_per_epoch * args.batch_size
         batch = min(args.batch_size, args.images - done)        # the last batch may be smaller
-        draws = ddp.send({**augmented.draw(step, batch), "index": index}, device)
+        draws = ddp.send({**augmentation.draw(step, batch), "index": index}, device)
         index = draws.pop("index")
-        x, = augmented.apply(x, draws)                          # (N, 3, H, W)
+        x, = augmentation.transform_views(x, draws)             # (N, 3, H, W)
         lr = train.set_lr(optimizer, learning_rate(step))
         loss = train_step(logits_of, optimizer, x, labels[index], batch)
         run.log(loss, lr=lr)
-    if run.step == run.total and ddp.rank() == 0:
+    if run.step == run.total_steps and ddp.rank() == 0:
         report(run, dataset.classes)
     top1 = run.events.values("top1")
     return run.close(f"top-1 {top1[-1]:.2f} %" if top1 else "")

@@ -7,7 +7,7 @@ al. 2020; Chen et al. 2020c).
     torchrun --nproc_per_node=8 moco_v2.py IMAGENET     # Table 1, first row: ResNet-50, 100 epochs
     python moco_v2.py                                   # a laptop: built-in images, two minutes
     python moco_v2.py DATA --preset table3a --K 512     # one cell of Table 3; K is its column
-    (with torchrun, write --momentum for --m, which torchrun takes for a flag of its own)
+    (with torchrun, write --momentum for --m, which torchrun takes for one of its own flags)
 
 FAIR reports 53 hours on 8 V100 for 200 epochs of its code; the rows of Table 1 have 100 epochs.
 
@@ -42,7 +42,7 @@ class MoCo(nn.Module):
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         self.register_buffer("queue", unit(torch.randn(K, dim)))
         self.m, self.temperature = m, temperature
-        # How the encoders are called; main adds autocast, DDP and CUDA graphs.
+        # The functions that compute z; main replaces them to add autocast, DDP or CUDA graphs.
         self.embed_q, self.embed_k = self.encoder_q.forward, self.encoder_k.forward
 
     @torch.no_grad()
@@ -74,12 +74,12 @@ class MoCo(nn.Module):
 
 
 def shuffle(x2, permutation):
-    """Shuffling BN (He et al. 2020, Sec. 3.3): the images (N, ...) whose keys are computed here.
+    """Shuffling BN (He et al. 2020, Sec. 3.3): the N images that this process encodes as keys.
 
-    Takes the N images of this process and distributes those of all processes in the order of
-    `permutation` (W N,). So the batch statistics of a key come from other images than those of its
-    query, and cannot tell which q and k belong together. They are computed for groups of images,
-    so that shuffling has an effect in one process, too.
+    Gathers the images x2 (N, ...) of every process and reorders them by `permutation` (W N,). The
+    batch statistics of a key then come from different images than those of its query, and do not
+    reveal which q and k belong together. They are computed for groups of images, so that shuffling
+    has an effect in one process, too.
     """
     return ddp.all_gather(x2)[permutation][ddp.rows(len(permutation))]
 
@@ -107,24 +107,24 @@ def train_step(moco, optimizer, x1, x2, permutation, step, ranks=None):
     return loss.detach()
 
 
-def rank_distribution(kind, K, skew, scale):
+def rank_distribution(kind, K, skew, spread):
     """Cumulative distribution (K,) of the ranks of sampled negatives (Sec. 5, Figure 5).
 
-    Rank 0 is the key most similar to the query. `hard`: a skew-normal distribution of shape `skew`
-    and scale `scale` K, truncated to the queue: mostly hard and semi-hard keys. `hardest`: uniform
-    over the most similar tenth. `random`: uniform. `queue`: None, nothing is sampled. The paper
-    gives no parameters; 4 and 1/4 are our choice. Raises UserError if almost nothing of it lies in
-    the queue.
+    Rank 0 is the key most similar to the query. `hard`: a skew-normal distribution with shape
+    `skew` and scale `spread` K, truncated to the queue: mostly hard and semi-hard keys. `hardest`:
+    uniform over the most similar tenth. `random`: uniform. `queue`: returns None, all keys are
+    used. The paper gives no parameters; 4 and 1/4 are our choice. Raises UserError if almost all of
+    the skew-normal distribution lies outside the queue.
     """
     edges = np.arange(K + 1)
     if kind == "queue":
         return None
     if kind == "hard":
         from scipy.stats import skewnorm                        # slow to import
-        cdf = skewnorm.cdf(edges, skew, scale=scale * K)
+        cdf = skewnorm.cdf(edges, skew, scale=spread * K)
         if not cdf[-1] - cdf[0] > 1e-6:
-            raise UserError(f"--skew {skew:g} --skew-scale {scale:g}: no rank of the queue is left "
-                            "to sample; try 4 and .25")
+            raise UserError(f"--skew {skew:g} --skew-scale {spread:g}: no rank of the queue is "
+                            "left to sample; try 4 and .25")
     else:
         cdf = np.minimum(edges / (math.ceil(K / 10) if kind == "hardest" else K), 1.)
     return torch.from_numpy(((cdf[1:] - cdf[0]) / (cdf[-1] - cdf[0])).astype(np.float32))
@@ -139,7 +139,7 @@ def draw_ranks(cdf, batch, seed, step):
     return torch.searchsorted(cdf, u[ddp.rows(batch)], right=True).clamp_(max=len(cdf) - 1)
 
 
-# Settings. A scale belongs to a kind of data; a preset is a row of a table and differs from it.
+# Settings. SCALES has the defaults for each kind of data; a preset, a table's row, changes some.
 
 MOCO_V2 = dict(stack="moco_v2", head="mlp", dim=128, crop=(.2, 1.), jitter=.5, schedule="cosine",
                bn_group=32, negatives="queue", skew=4., skew_scale=.25)
@@ -188,17 +188,20 @@ def flags():
     add("--K", type=train.COUNT, metavar="n", help="number of negatives in the queue")
     add("--m", "--momentum", type=train.MOMENTUM, help="momentum of the key encoder")
     add("--temperature", type=train.POSITIVE, help="temperature of Eq. (1)")
-    add("--crop", type=train.AREA, nargs=2, metavar=("LO", "HI"), help="crop area (Table 2 (a))")
+    add("--crop", type=train.AREA, nargs=2, metavar=("LO", "HI"),
+        help="range of the crop's share of the image's area (Table 2 (a))")
     add("--jitter", type=train.STRENGTH, metavar="S",
-        help="colour jitter (.8 S, .8 S, .8 S, .2 S) (Table 2 (b))")
+        help="jitter of brightness, contrast and saturation by .8 S, of hue by .2 S (Table 2 (b))")
     add("--blur", action=argparse.BooleanOptionalAction, help="Gaussian blur")
     add("--schedule", choices=("cosine", "steps"), help="learning rate schedule")
     add("--bn-group", type=train.SEVERAL, metavar="n", help="images that share batch statistics")
-    add("--negatives", choices=("queue", "hard", "hardest", "random"), help="all keys of the "
-        "queue, or K of them sampled: mostly hard and semi-hard; the hardest tenth; at random")
+    add("--negatives", choices=("queue", "hard", "hardest", "random"),
+        help="queue: all keys; the others sample K of them: mostly hard and semi-hard ones; from "
+        "the most similar tenth; uniformly")
     add("--skew", type=train.number(float, "a number", math.isfinite), metavar="a",
         help="shape of the skew-normal distribution of --negatives hard")
-    add("--skew-scale", type=train.POSITIVE, metavar="w", help="its scale, as a share of K")
+    add("--skew-scale", type=train.POSITIVE, metavar="w",
+        help="scale of the skew-normal distribution, as a share of K")
     return parser
 
 
@@ -223,7 +226,7 @@ def build(args, device):
     encoder = Encoder(f, head(args.head, f.width, args.dim))
     moco = MoCo(encoder, args.K, encoder.width("z"), args.m, args.temperature)
     moco.to(device, memory_format=torch.channels_last)
-    # Frozen parameters stay out of the optimizer, or weight decay would shrink them.
+    # Without the frozen layer of Table 1 (b), which gets no gradient and no optimizer state.
     trained = [p for p in moco.encoder_q.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, args.lr, momentum=.9, weight_decay=args.weight_decay,
                                 fused=True)
@@ -237,12 +240,12 @@ def main(argv=None):
     steps_per_epoch = data.steps_per_epoch(args.images, args.batch_size)
     moco, optimizer = build(args, device)
     jitter = (.4,) * 4 if args.stack == "moco_v1" else augment.jitter_strength(args.jitter)
-    augmented = augment.Augment(args.stack, jitter, args.blur, args.normalisation,
-                                args.seed).to(device)
+    augmentation = augment.Augment(args.stack, jitter, args.blur, args.normalisation,
+                                   args.seed).to(device)
     run = Run({"f": moco.encoder_q.f, "g": moco.encoder_q.g, "encoder_k": moco.encoder_k,
                "queue": moco.queue, "optimizer": optimizer},
-              evaluate=train.monitor(args, dataset, moco.encoder_q, augmented, device),
-              chance=math.log(args.K + 1), **train.run_options(args, steps_per_epoch, device))
+              evaluate=train.monitor(args, dataset, moco.encoder_q, augmentation, device),
+              chance_loss=math.log(args.K + 1), **train.run_options(args, steps_per_epoch, device))
     moco.embed_q = train.embedder(ddp.wrap(moco.encoder_q), args, device, args.batch_size)
     moco.embed_k = train.embedder(moco.encoder_k, args, device, args.batch_size)
     learning_rate = functools.partial(
@@ -252,12 +255,12 @@ def main(argv=None):
     batch, mine = args.batch_size, ddp.rows(args.batch_size)
     for step, x, _ in run.steps(train.views(args, dataset.train, 2, run, device)):
         order = augment.generator("shuffle", args.seed, step).permutation(batch)
-        draws = augmented.draw(step, batch, views=2, rows=[mine, order[mine]])
+        draws = augmentation.draw(step, batch, views=2, rows=[mine, order[mine]])
         draws = ddp.send({**draws, "permutation": torch.from_numpy(order)}, device)
         permutation = draws.pop("permutation")
         # Second views travel between processes before the augmentation, as uint8.
         x = x[0], shuffle(x[1], permutation)
-        x1, x2 = augmented.apply(x, draws)                      # (N, 3, H, W) each
+        x1, x2 = augmentation.transform_views(x, draws)         # (N, 3, H, W) each
         ranks = None if cdf is None else draw_ranks(cdf, batch, args.seed, step)
         lr = train.set_lr(optimizer, learning_rate(step))
         loss = train_step(moco, optimizer, x1, x2, permutation, step, ranks)

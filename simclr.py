@@ -1,16 +1,16 @@
 """SimCLR: the negatives come from the batch itself. Sec. 5, Figure 4 (green).
 
 Each image of a batch gives two views. The other view of an image is its positive, and all views of
-the other images are its negatives (Chen et al. 2020a): K = 2 (M - 1) for M images. Eq. (1) as in
-moco_v2.py, but without queue and momentum encoder: few negatives means a small batch.
+the other images are its negatives (Chen et al. 2020a): K = 2 (M - 1) for M images. The loss is
+Eq. (1), as in moco_v2.py. There is no queue and no momentum encoder, so the batch size sets K.
 
     torchrun --nproc_per_node=8 simclr.py IMAGENET --preset figure4 --batch-size 2048   # K = 4094
     python simclr.py                                    # a laptop: built-in images, two minutes
     python simclr.py DATA --batch-size 32768 --chunk 512        # K = 65534, memory of 512 images
 
-x1, x2 (N, 3, H, W): two views of N images; W processes have M = W N. h = f(x) (N, width). z = g(h)
-(N, D). The embeddings of all views are (2 M, D): all first views, then all second views. Batch
-statistics are taken over all images; there are no groups.
+x1, x2 (N, 3, H, W): two views of N images; M = W N images on W processes. h = f(x) (N, width).
+z = g(h) (N, D). The embeddings of all views are (2 M, D): all first views, then all second views.
+Batch statistics are taken over all images; there are no groups.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from common.run import Run
 
 
 def nt_xent(z, rows, temperature):
-    """Eq. (1) for the views `rows` (n,) of all views z (2 M, D) at unit length.
+    """Twice Eq. (1), the mean over the views `rows` (n,) of all views z (2 M, D) at unit length.
 
-    Twice the mean over rows: the released code sums the means of the two directions.
+    The released code sums the means of the two directions.
     """
     partner = (rows + len(z) // 2) % len(z)                     # the other view of the same image
     similarity = z[rows] @ z.T                                  # (n, 2 M)
@@ -64,14 +64,14 @@ BN_MOMENTUM = .1
 
 
 def chunked_step(encoder, embed, no_sync, optimizer, views, n, parts, temperature):
-    """`train_step` on n images with the memory of one of `parts` parts of the batch.
+    """`train_step` on n images in `parts` parts, with the memory of one part (gradient caching).
 
-    First, the embeddings of all parts, without gradient. Then the gradient of the loss with respect
-    to them, by blocks of rows. Then each part again, with gradient, to propagate it to the weights.
-    The only difference to `train_step` is that batch statistics are those of a part.
+    It computes the embeddings of all parts without gradient; then the gradient of the loss with
+    respect to them, by blocks of rows; then each part again, with gradient, to propagate it to the
+    weights. The only difference from `train_step` is that batch statistics are those of a part.
 
-    `views(part)` returns x1, x2 of the images `part`, a slice of this process's n; the same at both
-    calls. `no_sync` is DDP's context without gradient synchronisation.
+    `views(part)` returns x1, x2 of the images `part`, a slice of this process's n, and must return
+    the same at both calls. `no_sync` is DDP's context without gradient synchronisation.
     """
     # Every parts-th image, so that the parts of W processes together are those of one process.
     slices, z = [slice(i, None, parts) for i in range(parts)], None
@@ -123,7 +123,7 @@ def running_statistics(encoder):
 class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch normalisation over the images of all processes; x is (N, C) or (N, C, H, W).
 
-    What nn.SyncBatchNorm does, which exists for GPUs only, with two means over processes.
+    Like nn.SyncBatchNorm, which runs on GPUs only: mean and variance are averaged over processes.
     """
 
     def _check_input_dim(self, x):
@@ -146,9 +146,9 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 
 def head(layers, width, dim, norm):
-    """The projection head g with 2 or 3 layers, each without bias and with batch normalisation.
+    """The projection head g with 2 or 3 linear layers: h (N, width) -> z (N, dim).
 
-    The last layer has a scale, but no shift.
+    Each layer is without bias and followed by batch normalisation; the last of these has no shift.
     """
     g = []
     for _ in range(layers - 1):
@@ -162,10 +162,10 @@ def head(layers, width, dim, norm):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum and a layer-wise trust ratio (You et al. 2017), as SimCLR releases it.
+    """SGD with momentum and a layer-wise trust ratio (You et al. 2017), as in SimCLR's code.
 
-    trust = eta |w| / |g + wd w|, and 1 if either norm is 0. The learning rate is inside the
-    momentum. Biases and batch normalisation have neither weight decay nor trust ratio.
+    trust = eta |w| / |g + wd w|, and 1 if either norm is 0. The learning rate is applied before
+    the momentum. Biases and batch normalisation have neither weight decay nor trust ratio.
     """
 
     def __init__(self, params, lr, momentum=.9, weight_decay=0., eta=.001):
@@ -224,12 +224,14 @@ def flags():
     add("--layers", type=int, choices=(2, 3),
         help="layers of the projection head: 2 in SimCLR's paper, 3 in its code today")
     add("--temperature", type=train.POSITIVE, help="temperature of Eq. (1)")
-    add("--scaling", choices=("linear", "sqrt"), help="of the learning rate with the batch size")
+    add("--scaling", choices=("linear", "sqrt"),
+        help="how the default learning rate grows with the batch size")
     add("--chunk", type=train.SEVERAL, metavar="n",
-        help="embed n images at a time, for batches larger than memory")
-    add("--crop", type=train.AREA, nargs=2, metavar=("LO", "HI"), help="crop area")
+        help="embed n images at a time, over all processes, for batches larger than memory")
+    add("--crop", type=train.AREA, nargs=2, metavar=("LO", "HI"),
+        help="range of the crop's share of the image's area")
     add("--jitter", type=train.STRENGTH, metavar="S",
-        help="colour jitter (.8 S, .8 S, .8 S, .2 S)")
+        help="jitter of brightness, contrast and saturation by .8 S, of hue by .2 S")
     add("--blur", action=argparse.BooleanOptionalAction, help="Gaussian blur")
     return parser
 
@@ -279,11 +281,11 @@ def main(argv=None):
     K = 2 * (args.batch_size - 1)
     ddp.say(f"K = 2 ({args.batch_size} - 1) = {K} negatives")
     encoder, optimizer = build(args, device)
-    augmented = augment.Augment(args.stack, augment.jitter_strength(args.jitter), args.blur,
-                                args.normalisation, args.seed).to(device)
+    augmentation = augment.Augment(args.stack, augment.jitter_strength(args.jitter), args.blur,
+                                   args.normalisation, args.seed).to(device)
     run = Run({"f": encoder.f, "g": encoder.g, "optimizer": optimizer},
-              evaluate=train.monitor(args, dataset, encoder, augmented, device),
-              chance=math.log(K + 1), stop_every=1 if args.chunk else 10,
+              evaluate=train.monitor(args, dataset, encoder, augmentation, device),
+              chance_loss=math.log(K + 1), stop_every=1 if args.chunk else 10,
               **train.run_options(args, steps_per_epoch, device))
     wrapped = ddp.wrap(encoder)
     embed = train.embedder(wrapped, args, device, None if args.chunk else 2 * args.batch_size)
@@ -293,8 +295,8 @@ def main(argv=None):
 
     def augment_part(x, step, part=slice(None)):
         """Two views of this process's images `part`, (n, 3, H, W) each."""
-        draws = augmented.draw(step, batch, views=2, rows=[mine[part]] * 2)
-        return augmented.apply(x[:, part], ddp.send(draws, device))
+        draws = augmentation.draw(step, batch, views=2, rows=[mine[part]] * 2)
+        return augmentation.transform_views(x[:, part], ddp.send(draws, device))
 
     def plain(x, step):
         return train_step(embed, optimizer, *augment_part(x, step), args.temperature)
@@ -304,11 +306,11 @@ def main(argv=None):
                             lambda part: augment_part(x, step, part), x.shape[1], n_parts(args),
                             args.temperature)
 
-    make_step = chunked if args.chunk else plain
+    take_step = chunked if args.chunk else plain
     for step, x, _ in run.steps(batches):
         lr = train.set_lr(optimizer, learning_rate(step, lr=args.lr, warmup=args.warmup,
-                                                   total=run.total))
-        loss = make_step(x, step)
+                                                   total=run.total_steps))
+        loss = take_step(x, step)
         run.log(loss / 2, lr=lr)                                # Eq. (1), the mean over views
     return run.close()
 

@@ -3,7 +3,8 @@
 Maps by t-SNE (van der Maaten & Hinton 2008) of the logits of a supervised model, for 10 classes of
 64 training images each, under no, weak (crop and flip) and strong augmentation (MoCo v2's). Scores
 beside the maps say how well the classes are separated, in the logits and in the map. --compare adds
-what the paper says does not suffer: h of a contrastive model, by class and by instance.
+h of a contrastive model, which according to the paper strong augmentation does not harm; it is
+scored by class and by instance.
 
     python tsne_aug.py                                  # a laptop: built-in images, a minute
     python tsne_aug.py IMAGENET --encoder torchvision   # Figure 3; downloads the weights
@@ -44,9 +45,9 @@ def distances(x):
 
 
 def affinities(x, perplexity):
-    """P (n, n) of x (n, D): symmetric, with sum 1.
+    """Symmetric affinities P (n, n) of x (n, D), with sum 1.
 
-    From Gaussian neighbourhoods. Bisection finds the width that gives a point the `perplexity`.
+    Each point has a Gaussian neighbourhood. Bisection finds the width that gives it `perplexity`.
     """
     square = distances(x).square()
     square = square / square.mean()                             # independent of the scale of x
@@ -79,9 +80,9 @@ def tsne(x, perplexity=30., seed=0, iterations=1000):
     """A map y (n, 2) of x (n, D), and KL(P|Q) in nats; deterministic on a given device.
 
     The map starts from the first two principal components. For the first 250 iterations, P is
-    multiplied by 4, as in van der Maaten & Hinton (12, now usual, ended up to 9 % higher on Figure
-    3's logits), and momentum is .5; then .8. The step of a coordinate grows while its sign persists
-    (Jacobs 1988).
+    multiplied by 4, the factor of van der Maaten & Hinton, and momentum is .5; then .8. (A factor
+    of 12, now usual, gave a divergence up to 9 % higher on the logits of Figure 3.) The step of a
+    coordinate grows while its sign persists (Jacobs 1988).
     """
     P = affinities(x, perplexity)
     U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)

@@ -1,8 +1,8 @@
 """Augmentations (Sec. 4): batched, on the device of the images, with parameters drawn per image.
 
 Parameters are drawn on the CPU from (seed, step) for the whole global batch, and each process takes
-its rows. So the number of workers or processes, and resuming a run, change nothing. One parameter
-is drawn per batch and view, where torchvision draws it per image: the order of the jitter.
+its rows, so they do not depend on the number of workers or processes, or on resuming. The order of
+the jitter's operations is drawn per batch and view; torchvision draws it per image.
 """
 
 import functools
@@ -20,7 +20,7 @@ NORMALISE = {"imagenet": ((.485, .456, .406), (.229, .224, .225)),
              "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010)),
              "textures": ((.5, .5, .5), (.21, .21, .21)),
              "unit": ((0., 0., 0.), (1., 1., 1.))}              # none: SimCLR
-# What follows the random resized crop: operation and probability, in the released order.
+# The operations after the random resized crop, in the released order, with their probabilities.
 STACKS = {
     "moco_v1": {"gray": .2, "jitter": 1., "flip": .5},          # He et al. 2020
     "moco_v2": {"jitter": .8, "gray": .2, "blur": .5, "flip": .5},              # Chen et al. 2020c
@@ -28,7 +28,7 @@ STACKS = {
     "instdisc_cifar10": {"jitter": 1., "gray": .2},             # Wu et al. 2018; ImageNet: moco_v1
     "weak": {"flip": .5},                                       # supervised, linear probe
     "none": {}}
-CHOICES = ("blur", "flip", "gray")                              # operations of some images
+INDEXED = ("blur", "flip", "gray")              # drawn as the indices of the images they change
 GRAY = (.2989, .587, .114)                                      # ITU-R 601, as in PIL
 BLUR_SIGMA = (.1, 2.)                                           # pixels
 BLUR_RADIUS = 8                                                 # pixels: 4 sigma
@@ -38,7 +38,7 @@ CACHED = 8 * 3 * 224 ** 2                                       # values that fi
 def generator(purpose, *key):
     """A numpy generator for a purpose (a word) and a tuple of integers, such as (seed, step).
 
-    The purpose comes first: numpy ignores trailing zeros, so tuples of other lengths could collide.
+    The purpose keeps keys of different lengths apart: numpy ignores trailing zeros of a seed.
     """
     return np.random.default_rng((zlib.crc32(purpose.encode()), *key))
 
@@ -141,7 +141,7 @@ def saturation(x, factor):
 
 
 def hue(x, shift):
-    """Rotate the hue by `shift` (n,) turns, in [-.5, .5]."""
+    """Rotate the hue of x (n, 3, H, W) in [0, 1] by `shift` (n,) turns, in [-.5, .5], in place."""
     red, green, blue = x.unbind(1)
     high, low = x.amax(1), x.amin(1)                            # (n, H, W)
     chroma = high - low
@@ -174,7 +174,7 @@ def blur(x, sigma, radius=BLUR_RADIUS, border="reflect"):
 
 
 class Augment(nn.Module):
-    """What follows the crop: uint8 views -> normalised float32 views.
+    """The operations after the crop: uint8 views -> normalised float32 views.
 
     `stack` names the operations (STACKS), `jitter` their strengths (`jitter_strength`),
     `normalisation` the mean and deviation (NORMALISE). `blur` False leaves the blur out.
@@ -222,7 +222,7 @@ class Augment(nn.Module):
         """
         sample, draws = self._sample(step, batch, views), {}
         for view, own in enumerate(rows or [ddp.rows(batch)] * views):
-            for name in CHOICES:
+            for name in INDEXED:
                 draws[view, name] = torch.from_numpy(np.flatnonzero(sample[name][view, own]))
             for name in ("sigma", "factors"):
                 draws[view, name] = torch.from_numpy(sample[name][view, own])
@@ -235,10 +235,10 @@ class Augment(nn.Module):
         x is this process's part of a global batch of `batch` images (default: W n).
         """
         draws = self.draw(step, batch or x.shape[1] * ddp.world(), len(x))
-        return self.apply(x, ddp.send(draws, x.device))
+        return self.transform_views(x, ddp.send(draws, x.device))
 
-    def apply(self, x, draws):
-        """V views x (n, 3, H, W) uint8 with parameters from `draw`, which are on their device."""
+    def transform_views(self, x, draws):
+        """Views (n, 3, H, W) float32 of x, V such uint8 tensors on the device of `draws`."""
         return [self._view(images, {name: value for (v, name), value in draws.items() if v == view})
                 for view, images in enumerate(x)]
 
@@ -252,7 +252,7 @@ class Augment(nn.Module):
             end = start + size
             part = {"order": draw["order"], "sigma": draw["sigma"][start:end],
                     "factors": draw["factors"][start:end]}
-            for name in CHOICES:
+            for name in INDEXED:
                 index = draw[name]
                 part[name] = index[(start <= index) & (index < end)] - start
             out.append(self.transform(x[start:end], part))

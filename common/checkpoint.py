@@ -196,8 +196,8 @@ def load_encoder(path, arch=None, seed=0):
     * a file: a checkpoint of these scripts, FAIR's MoCo v1 or v2, or torchvision's weights.
 
     g is the projection head; for supervised networks it is the classifier, and z are the logits.
-    Raises UserError with the first tensor that is missing or has another shape, if a file holds
-    another network than `arch`, and as `read`.
+    Raises UserError if a tensor is missing or has another shape (it names the first), if a file
+    holds another network than `arch`, and in the cases of `read`.
     """
     path = str(path)
     if path == "random":

@@ -1,9 +1,9 @@
-"""What a folder of images holds, and batches of random crops.
+"""Data sets, recognised by what a folder holds, and batches of random crops.
 
 Without a folder: the built-in textures. With one: class folders under train/ and val/ or test/, the
 CIFAR-10 batches of torchvision, or images without classes, for pre-training only. Small images are
 decoded once and kept in memory. For larger ones, a worker decodes a file once for all its views and
-returns uint8 crops. What follows the crop is in augment.py.
+returns uint8 crops. The augmentation after the crop is in augment.py.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class Images:
 
 @dataclasses.dataclass
 class Data:
-    """What a path holds. Without labels, `test` and `classes` are None.
+    """What a path holds. Without labels or test images, `test` and `classes` are None.
 
     `hash` covers the names of the training files and some of their sizes, so that a run is not
     continued with other images.

@@ -180,7 +180,7 @@ def any_process(flag, device):
 
 
 def wrap(module):
-    """Wrap a module that is trained in DistributedDataParallel if there is a process group.
+    """With several processes, wrap a module in DistributedDataParallel for training.
 
     Buffers are not broadcast: batch statistics belong to groups of images, not to processes.
     `average_buffers` combines them.

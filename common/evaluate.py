@@ -1,4 +1,4 @@
-"""What a frozen encoder knows: features, kNN, the quick probe, and signals without labels."""
+"""Evaluation of encoders: features, kNN, the quick probe, and signals that need no labels."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from common import augment, data, ddp
 from common.loss import unit
 
-MONITOR = 100_000                               # images at most in the bank of `monitor`
-UNLABELLED = 10_000                             # the same without labels
+MAX_BANK = 100_000                              # images at most in the bank of `monitor`
+MAX_BANK_UNLABELLED = 10_000                    # the same without labels
 
 
 @torch.no_grad()
@@ -60,20 +60,20 @@ def n_classes(labels):
     return int(labels.max()) + 1
 
 
-def monitor(encoder, dataset, crops, augmented, **options):
+def monitor(encoder, dataset, crops, augmentation, **options):
     """How good the features are, as a dict: `knn` (with labels only) and three label-free signals.
 
     `knn` is the kNN accuracy of h in percent. `alignment` and `uniformity` are those of z, on
-    uint8 crops (2, n, 3, H, W) that `augmented` turns into views, always the same. `rank` is the
+    uint8 crops (2, n, 3, H, W) that `augmentation` turns into views, always the same. `rank` is the
     effective rank of h. `options` as in `features`. Of large data sets, every n-th image is used:
     at most 100,000 in the bank (10,000 without labels) and 10,000 queries.
     """
-    bank = thin(dataset.train, MONITOR if dataset.test else UNLABELLED)
+    bank = thin(dataset.train, MAX_BANK if dataset.test else MAX_BANK_UNLABELLED)
     h, found = features(encoder, bank, **options), {}
     if dataset.test:
-        queries = thin(dataset.test, MONITOR // 10)
+        queries = thin(dataset.test, MAX_BANK // 10)
         found["knn"] = knn(h, bank.labels, features(encoder, queries, **options), queries.labels)
-    z1, z2 = views_embedded(encoder, augmented(crops, 0))
+    z1, z2 = views_embedded(encoder, augmentation(crops, 0))
     return {**found, "alignment": alignment(z1, z2), "uniformity": uniformity(z1),
             "rank": effective_rank(h)}
 
@@ -99,8 +99,8 @@ def alignment(z1, z2):
 def uniformity(z):
     """log of the mean of exp(-2 |zi - zj|^2) over pairs of unit-length z (n, D).
 
-    0 if all are equal; about -4 on a sphere of many dimensions, evenly filled (Wang and Isola 2020,
-    Sec. 4.1, t = 2).
+    0 if all are equal; about -4 if they are uniform on a sphere of many dimensions (Wang and Isola
+    2020, Sec. 4.1, t = 2).
     """
     return torch.pdist(unit(z)).square().mul(-2).exp().mean().log().item()
 
@@ -126,7 +126,7 @@ def quick_probe(train, labels, test, test_labels, seed=0, copies=1):
     """
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     train, test = (train - mean) / std, (test - mean) / std
-    # In their principal axes, features give the same classifier, which L-BFGS finds sooner.
+    # Rotating features to their principal axes keeps the classifier; L-BFGS converges faster.
     variance, axes = torch.linalg.eigh(train.T @ train / len(train))
     train, test, variance = train @ axes, test @ axes, variance.clamp(min=0)
     labels, test_labels = labels.to(train.device), test_labels.to(train.device)

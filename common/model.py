@@ -23,10 +23,10 @@ HEADS = ("mlp", "none", "fixed", "deep", "narrow", "identity")
 class GroupBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with statistics over groups of `group` images.
 
-    The groups belong to the run (256 images on 8 GPUs are groups of 32), not to a process. So
-    shuffling BN (He et al. 2020, Sec. 3.3) works in one process too, and W processes compute what
-    one computes. The running statistics move once per step, by the mean over the groups. With
-    `group` None this is ordinary batch normalisation.
+    The size of a group does not depend on the number of processes (32, as with 256 images on 8
+    GPUs). So shuffling BN (He et al. 2020, Sec. 3.3) works in one process too, and W processes
+    compute what one computes. The running statistics move once per step, by the mean over the
+    groups. With `group` None this is ordinary batch normalisation.
     """
 
     def __init__(self, channels, group=None, **kwargs):
@@ -57,7 +57,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         """All groups, on a GPU: a step takes 16 to 23 % less time than with `one_by_one`."""
         n = len(x) // self.group
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():                   # `_NormaliseGroups` has the gradient of all of it
+        with torch.no_grad():                   # `_NormaliseGroups` differentiates them too
             pixels = x.permute(0, 2, 3, 1).reshape(n, -1, x.shape[1])           # (n, P, C), a view
             count = pixels.shape[1]
             # Statistics (n, C) are float32 also where x is bf16.
@@ -105,8 +105,8 @@ class SmallConv2d(nn.Conv2d):
 
     The result is the same up to rounding. On a CPU, PyTorch's own convolutions are slow there, and
     they use weights that only see padding: eight of nine in the last stage of a ResNet on images of
-    32 pixels, which are 1x1 there. A step of ResNet-10 takes about half the time. On other devices,
-    and where it is compiled, this is a plain convolution.
+    32 pixels, whose feature maps are 1x1. A step of ResNet-10 takes about half the time. On other
+    devices, and under torch.compile, this is a plain convolution.
     """
 
     def forward(self, x):                                       # (N, C, H, W)
@@ -130,8 +130,9 @@ class SmallConv2d(nn.Conv2d):
 def _windows(height, width, kernel, padding, stride):
     """Which pixels the taps of a convolution read, for all pixels of its output.
 
-    Returns their indices, with height * width for padding, and the negative padding that removes
-    weights which only see padding from the kernel. For small outputs: the indices are a list.
+    Returns the indices of these pixels, with height * width for padding, and the negative padding
+    that crops the kernel to the taps that see the image. The list of indices has an entry for each
+    pixel of the output and tap, so this is for small outputs.
     """
     sides = []
     for size, k, p, s in zip((height, width), kernel, padding, stride):
@@ -243,7 +244,7 @@ class Encoder(nn.Module):
         raise UserError("--feature hidden: the head of this encoder has no hidden layer")
 
     def width(self, feature="h"):
-        """The number of dimensions of `feature`, which is named, or refused, as in `embed`."""
+        """The number of dimensions of `feature`; names and errors are as in `embed`."""
         width = self.f.width
         for layer in self._layers(feature).modules():
             width = getattr(layer, "out_features", width)

@@ -24,7 +24,7 @@ LOG_EVERY = 50                                  # steps between log entries
 SHOW_EVERY = 10                                 # seconds between lines on the terminal
 DRAW_EVERY = 60                                 # seconds, or more, between drawings of the curves
 PANELS = ("knn", "ratio", "lr", "alignment", "uniformity", "rank")      # of curves.png
-TITLES = {"knn": "kNN top-1 of h, %", "ratio": "loss / loss of a guess", "lr": "learning rate",
+TITLES = {"knn": "kNN top-1 of h, %", "ratio": "loss / loss at chance level", "lr": "learning rate",
           "top1": "top-1 on the test images, %", "alignment": "alignment of z, two views",
           "uniformity": "uniformity of z", "rank": "effective rank of h"}
 SIGNALS = ("alignment", "uniformity", "rank")   # what a run without labels ends with
@@ -81,29 +81,29 @@ class Run:
     state: dict                     # {name: module, optimizer or tensor}: restored here, and saved
     out: Path
     settings: dict                  # {name: value}: a run with other settings is refused
-    total: int                      # steps of the run
-    epoch: int                      # steps of an epoch
+    total_steps: int
+    steps_per_epoch: int
     device: torch.device
     # () -> {name: number}; called on the untrained network (unless `eval_first` is False), every
     # `eval_every` epochs and at the end
     evaluate: Callable
     eval_every: int = 1
     eval_first: bool = True
-    chance: float = None            # loss of a guess; the log shows `ratio`, the loss divided by it
+    chance_loss: float = None       # if all similarities are equal; `ratio` is the loss over it
     panels: tuple = PANELS
     fresh: bool = False             # overwrite the run that `out` holds
     max_steps: int = None
     save_minutes: float = 30.
-    stop_every: int = 10            # steps between agreements on stopping, on GPUs
+    stop_every: int = 10            # steps between the blocking checks for a stop request, on GPUs
 
     def __post_init__(self):
         self.out, self.settings = Path(self.out), json.loads(json.dumps(self.settings))
         self.path, self.events = self.out / "checkpoint.pt", Log(self.out / "log.jsonl")
-        self.end = min(self.total, self.max_steps or self.total)
+        self.end = min(self.total_steps, self.max_steps or self.total_steps)
         if self.device.type == "cpu":
             self.stop_every = 1
         self.loss, self.losses, self.values, self.stop_requested = None, [], {}, False
-        self.drawn = time.time()
+        self.last_draw = time.time()
         self.step = self.start = self._restore()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
@@ -114,7 +114,7 @@ class Run:
     def _request_stop(self, number, frame):
         first, self.stop_requested = not self.stop_requested, True
         if ddp.rank() == 0 and first:
-            with contextlib.suppress(OSError):                  # nobody may read it any more
+            with contextlib.suppress(OSError):                  # stderr may have been closed
                 os.write(2, b"stopping after this step\n")      # print is not safe in a handler
 
     def _restore(self):
@@ -155,8 +155,8 @@ class Run:
                 ddp.say(f"note: {self.out} has a log but no checkpoint; the run starts anew")
             return None
         different = differences(saved["settings"], self.settings)
-        if not different and not 0 <= saved["step"] <= self.total:
-            different = f"step {saved['step']} there, {self.total} in all here"
+        if not different and not 0 <= saved["step"] <= self.total_steps:
+            different = f"step {saved['step']} there, {self.total_steps} in all here"
         if different:
             raise UserError(f"--out {self.out}: holds a run with other settings ({different}); "
                             "choose another, or --fresh to overwrite it")
@@ -168,7 +168,7 @@ class Run:
         return saved
 
     def _say(self, text):
-        """Print `text` on rank 0. If nobody reads it any more, the run stops as if asked to."""
+        """Print `text` on rank 0. If stdout has been closed, request a stop."""
         try:
             ddp.say(text)
         except BrokenPipeError:                 # as after `| head`, or if Ctrl-C ends `| tee`
@@ -177,15 +177,15 @@ class Run:
 
     def steps(self, batches):
         """Iterate over `batches`, tuples that begin with the step; do what is due after each."""
-        if self.start == self.total:
+        if self.start == self.total_steps:
             return
         self._say("  ".join(f"{name}={value}" for name, value in self.settings.items()))
-        how = f"continuing at step {self.start} of {self.total} in" if self.start else "writing to"
-        self._say(f"{how} {self.out}")
+        how = f"continuing at step {self.start} of {self.total_steps} in"
+        self._say(f"{how if self.start else 'writing to'} {self.out}")
         self.events.add("start", self.start, settings=self.settings, **machine(self.device))
         if self.start == 0 and self.eval_first:
             self._end_epoch(True)                               # the untrained network
-        self.began = self.shown = self.saved = self.since = before = time.time()
+        self.began = self.last_print = self.last_save = self.last_log = before = time.time()
         self.waited = self.save_seconds = 0.
         for batch in batches:
             self.waited += time.time() - before
@@ -202,19 +202,20 @@ class Run:
 
     def _after_step(self):
         """Log, evaluate and save where due; returns whether to stop."""
-        epoch_ends = self.step % self.epoch == 0
-        evaluated = self.step // self.epoch % self.eval_every == 0 or self.step == self.total
-        due = epoch_ends and evaluated
+        epoch_ends = self.step % self.steps_per_epoch == 0
+        epoch, at_end = self.step // self.steps_per_epoch, self.step == self.total_steps
+        due = epoch_ends and (epoch % self.eval_every == 0 or at_end)
         # Saving takes at most 5 % of the time, and is due after `save_minutes` at the latest.
-        since = time.time() - self.saved
-        late = since >= 60 * self.save_minutes or (epoch_ends and since >= 20 * self.save_seconds)
+        unsaved = time.time() - self.last_save                  # seconds
+        late = unsaved >= 60 * self.save_minutes
+        late |= epoch_ends and unsaved >= 20 * self.save_seconds
         # All processes have the same values here, except for `late` and stop requests. So they ask
         # each other at the same steps.
         ask = epoch_ends or self.step % self.stop_every == 0
         stop = self.step == self.end or (ask and ddp.any_process(self.stop_requested, self.device))
         save = stop or due or (ask and ddp.any_process(late, self.device))
         logged = save or epoch_ends or self.step % LOG_EVERY == 0
-        if logged or time.time() - self.shown > SHOW_EVERY:
+        if logged or time.time() - self.last_print > SHOW_EVERY:
             self._report(logged)
         if save:
             for part in self.state.values():
@@ -226,10 +227,10 @@ class Run:
             began = time.time()
             if ddp.rank() == 0:                 # random draws depend on the step: no state to save
                 checkpoint.save(self.path, self.step, self.settings, self.state)
-            self.saved = time.time()
-            self.save_seconds = self.saved - began
+            self.last_save = time.time()
+            self.save_seconds = self.last_save - began
         if logged:                              # leave saving out of the speed shown next
-            self.since, self.waited = time.time(), 0.
+            self.last_log, self.waited = time.time(), 0.
         return stop
 
     def _report(self, logged):
@@ -240,18 +241,19 @@ class Run:
             self._check_finite(losses)
             self.loss = losses[-1]
         now = time.time()
-        seconds = max(now - self.since, 1e-9)
-        values = {"loss": self.loss, "epoch": self.step / self.epoch, **self.values,
+        seconds = max(now - self.last_log, 1e-9)
+        values = {"loss": self.loss, "epoch": self.step / self.steps_per_epoch, **self.values,
                   "images_per_s": steps * self.settings["batch_size"] / seconds,
                   "waiting": self.waited / seconds}
-        if self.chance:
-            values["ratio"] = self.loss / self.chance
+        if self.chance_loss:
+            values["ratio"] = self.loss / self.chance_loss
         if logged:
             self.events.add("step", self.step, **values)
-        if now - self.shown > SHOW_EVERY:
-            self.shown = now
+        if now - self.last_print > SHOW_EVERY:
+            self.last_print = now
             left = (now - self.began) / (self.step - self.start) * (self.end - self.step)
-            self._say(f"step {self.step}/{self.total}  {describe(values)}  {duration(left)} left")
+            self._say(f"step {self.step}/{self.total_steps}  {describe(values)}  "
+                      f"{duration(left)} left")
 
     def _check_finite(self, losses):
         """Raises UserError if a loss or a weight is not finite, before that could be saved."""
@@ -263,18 +265,18 @@ class Run:
             problems.append(f"the loss is finite at step {self.step}, but the weights are not")
         if problems:
             raise UserError(
-                f"{problems[0]}, learning rate {groups[0]['lr']:g}: as a new run, try a "
-                "smaller --lr, a longer --warmup or, if the script has it, a larger --temperature; "
-                f"{self.path} is from before, if there is one")
+                f"{problems[0]}, learning rate {groups[0]['lr']:g}: start a new run with a smaller "
+                "--lr, a longer --warmup or, if the script has it, a larger --temperature; "
+                f"{self.path}, if it exists, was saved before this step")
 
     def _end_epoch(self, due):
         """Evaluate if `due`, log it, print a line, draw the curves from time to time."""
-        epoch = self.step // self.epoch
+        epoch = self.step // self.steps_per_epoch
         values = self.evaluate() if due else {}
         self.events.add("epoch", self.step, epoch=epoch, loss=self.loss, **values)
         shown = describe({"loss": self.loss, **values})
-        self._say(f"epoch {epoch}/{self.total // self.epoch}  {shown}")
-        if values and time.time() - self.drawn > DRAW_EVERY:
+        self._say(f"epoch {epoch}/{self.total_steps // self.steps_per_epoch}  {shown}")
+        if values and time.time() - self.last_draw > DRAW_EVERY:
             self._draw()
 
     def _draw(self):
@@ -298,14 +300,14 @@ class Run:
             axis.set(title=TITLES.get(name, name), xlabel="step")
         figure.suptitle(self.out.name, fontsize=10)
         figure.savefig(self.out / "curves.png", dpi=110)
-        self.drawn = time.time()
+        self.last_draw = time.time()
 
     def close(self, result=None):
         """Print how the run ended and the line `result`, by default the kNN accuracy or SIGNALS.
 
         Returns the exit code: 0, or UNFINISHED after a stop request.
         """
-        if self.step == self.total:
+        if self.step == self.total_steps:
             event, knn = "finished", self.events.values("knn")
             if knn and not result:
                 result = f"kNN of h {knn[-1]:.2f} %, untrained {knn[0]:.2f} %"
@@ -313,17 +315,17 @@ class Run:
                 values = {TITLES[name]: self.events.values(name) for name in SIGNALS}
                 result = "; ".join(f"{title} {found[-1]:.4g}, untrained {found[0]:.4g}"
                                    for title, found in values.items() if found)
-            already = "" if self.start < self.total else " already, nothing to do"
+            already = "" if self.start < self.total_steps else " already, nothing to do"
             self._say(f"finished{already}: checkpoint and curves in {self.out}")
             self._say(result)
         else:
-            event, how = "stopped", "a larger --max-steps, or none,"
+            event, how = "stopped", "a larger --max-steps or none"
             if ddp.any_process(self.stop_requested, self.device):
                 event, how = "unfinished", "the same command"
                 how += " without --fresh" if self.fresh else ""
-            self._say(f"stopped at step {self.step} of {self.total}, saved in {self.out}; {how} "
-                    "continues")
-        if self.start < self.total:
+            self._say(f"stopped at step {self.step} of {self.total_steps}, saved in {self.out}; to "
+                      f"continue, use {how}")
+        if self.start < self.total_steps:
             self.events.add(event, self.step)
             self._draw()
         ddp.close()

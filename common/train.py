@@ -122,7 +122,8 @@ def plain(value):
 def begin(flags, argv, scales, presets):
     """Join the process group, open the data, resolve the settings: `(args, dataset, device)`.
 
-    Raises UserError if `--out` lies among images without classes, where curves.png would be one.
+    Raises UserError if `--out` lies among images without classes, because
+    curves.png would be taken for one of them.
     """
     first = flags.parse_args(argv)              # reports wrong flags before anything is opened
     device, dataset = ddp.init(first.device), data.open_data(first.data)
@@ -139,8 +140,8 @@ def begin(flags, argv, scales, presets):
 def run_options(args, steps_per_epoch, device):
     """The arguments of `run.Run` that follow from `args`, as a dict."""
     settings = {name: value for name, value in vars(args).items() if name not in RUN_FLAGS}
-    return dict(out=args.out, settings=settings, total=args.epochs * steps_per_epoch,
-                epoch=steps_per_epoch, eval_every=max(1, args.epochs // args.n_evals),
+    return dict(out=args.out, settings=settings, total_steps=args.epochs * steps_per_epoch,
+                steps_per_epoch=steps_per_epoch, eval_every=max(1, args.epochs // args.n_evals),
                 device=device, fresh=args.fresh, max_steps=args.max_steps,
                 save_minutes=args.save_minutes)
 
@@ -151,7 +152,7 @@ def feature_options(args, device):
                 workers=args.workers, precision=args.precision)
 
 
-def monitor(args, dataset, encoder, augmented, device, n=256):
+def monitor(args, dataset, encoder, augmentation, device, n=256):
     """`evaluate.monitor` as a function without arguments, with n images for alignment."""
     batch = max(1, min(n, len(dataset.train)) // ddp.world()) * ddp.world()
 
@@ -162,7 +163,7 @@ def monitor(args, dataset, encoder, augmented, device, n=256):
                                  workers=args.workers)
         return x
 
-    return lambda: evaluate.monitor(encoder, dataset, crops(), augmented,
+    return lambda: evaluate.monitor(encoder, dataset, crops(), augmentation,
                                     **feature_options(args, device))
 
 
@@ -229,7 +230,7 @@ def embedder(module, args, device, batch=None):
     backward pass per step. Then a single GPU records the module's passes: a step launches two
     graphs instead of hundreds of kernels, whose launches take longer than small kernels run.
     """
-    # Graphs allow no cache of casted weights, and a module uses each weight once anyway.
+    # CUDA graphs do not support autocast's weight cache; each weight is used only once anyway.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16",
                               cache_enabled=False)
     if args.compile:
@@ -243,8 +244,8 @@ def embedder(module, args, device, batch=None):
 def record(module, x):
     """A module's forward and backward pass as CUDA graphs, for inputs of the shape of x.
 
-    PyTorch calls the module several times before; batch statistics are put back. It also replaces
-    the forward pass of what it is given: that of a wrapper, so that `module` keeps its own.
+    PyTorch runs the module several times to warm up; its buffers are restored afterwards. PyTorch
+    also replaces the forward pass of the module that it is given: here, of a wrapper.
     """
     # PyTorch records on a stream of its own, which costs a few synchronisations.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
@@ -282,7 +283,7 @@ def _explain(error, less_memory):
     if isinstance(error, UserError):
         return text
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of GPU memory: use {less_memory}"
+        return f"out of GPU memory: use {less_memory.removeprefix('fewer --workers, or ')}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return f"out of memory: use {less_memory}"
     if "DataLoader worker" in text:

@@ -1,4 +1,4 @@
-"""Runs any table or figure of the paper with one command, beside the paper's numbers.
+"""Runs any table or figure of the paper and shows the results beside the paper's numbers.
 
     python -m reproduce table1                          # on the built-in textures
     python -m reproduce table3 CIFAR10 --seeds 0 1 --jobs 2
@@ -35,15 +35,18 @@ def parse(argv):
     """The flags as a Namespace; errors exit with code 2."""
     parser = train.Parser("python -m reproduce", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("item", choices=(*plan.ROWS, "claims", "all"))
+    add("item", choices=(*plan.ROWS, "claims", "all"),
+        help="a table, figure or section; claims: all tables; all: everything")
     add("data", nargs="?", metavar="DATA", help="folder of images (default: built-in textures)")
-    add("--scale", choices=plan.NAMED, help="settings of this package for DATA")
+    add("--scale", choices=plan.NAMED,
+        help="settings for DATA other than the scripts' own (docs/choices.md)")
     add("--rows", nargs="+", metavar="ROW", help="only these rows of the item")
-    add("--seeds", type=train.NATURAL, nargs="+", default=[0], metavar="n")
+    add("--seeds", type=train.NATURAL, nargs="+", default=[0], metavar="n",
+        help="default: 0; verdicts use seeds from 10 on")
     add("--jobs", type=train.COUNT, default=1, metavar="n",
         help="runs at a time, which share the cores")
     add("--voc", metavar="VOC", help="the folder VOCdevkit for detection (default on the textures: "
-        "drawn scenes)")
+        "synthetic scenes)")
     add("--flags", type=shlex.split, default=[], metavar="'--epochs n ...'",
         help="flags that are added to every run; needs --as")
     add("--as", dest="place", metavar="NAME",
@@ -69,10 +72,9 @@ def dry_run(place, runs, pictures):
 def check(place, dataset):
     """Raises UserError if the place holds runs on other data, or with other flags."""
     for run in report.kept_runs(place):
-        script = run["commands"][0].split(".py")[0].split()[-1]
         images = run["settings"].get("images_hash", dataset.hash)       # some runs have none
         if (run["data"], images, run["flags"]) != (dataset.description, dataset.hash,
-                                                   place.flags(script)):
+                                                   place.flags(report.script(run))):
             raise UserError(f"results/{place.name} holds runs with other data or flags "
                             f"({run['data']}; {run['flags']}); choose another --as")
 
@@ -97,7 +99,7 @@ def call(commands, log):
 
 def keep(name, script, flags, place, description):
     """Write what a finished run has found, and on which machine, to its file in results/."""
-    out = place.output(name).parent
+    out = place.output_file(name).parent
     found, knn = {}, None
     for feature, paths in plan.probes(script, flags, place.scale).items():
         found[feature] = {}
@@ -114,12 +116,12 @@ def keep(name, script, flags, place, description):
     events = Log(out / "log.jsonl").entries() if (out / "log.jsonl").exists() else []
     seconds = sum(after["time"] - before["time"] for before, after in zip(events, events[1:])
                   if after["event"] != "start")                 # else it was stopped in between
-    start = events[0] if events else {**result, "settings": {"scale": plan.kind(place.scale)}}
+    start = events[0] if events else {**result, "settings": {"scale": plan.base_scale(place.scale)}}
     settings = start["settings"]
     settings.pop("data", None)                                  # a path of this machine
     if settings.get("encoder"):
         settings["encoder"] = settings["encoder"].removeprefix(f"{plan.ROOT}/")
-    shown = dataclasses.replace(place, data=plan.PLACEHOLDER[plan.kind(place.scale)],
+    shown = dataclasses.replace(place, data=plan.PLACEHOLDER[plan.base_scale(place.scale)],
                                 voc=["VOCDEVKIT"] if place.voc else [])
     commands = [shlex.join(words) for words in plan.commands(name, script, flags, shown)]
     run = {"name": name, "scale": place.scale, "data": description, "flags": place.flags(script),
@@ -144,10 +146,10 @@ def execute_all(runs, drawn, place, dataset, jobs):
     """
     kept = place.folder / "runs"
     kept.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=kept).close()                    # not after hours of training
-    missing = [name for name in runs if not (kept / f"{name}.json").exists()
-               or name in drawn and not (plan.ROOT / place.out(name) / "checkpoint.pt").exists()]
-    print(f"{len(runs) - len(missing)} of {len(runs)} runs are there already")
+    tempfile.TemporaryFile(dir=kept).close()                    # fail now if it is read-only
+    missing = [name for name in runs if not (kept / f"{name}.json").exists() or name in drawn
+               and not (plan.ROOT / place.run_folder(name) / "checkpoint.pt").exists()]
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs exist already")
     stopped, failed = threading.Event(), []
     # The terminal sends Ctrl-C to the runs too: they save, and no more are started.
     signal.signal(signal.SIGINT, lambda *_: stopped.set())
@@ -155,7 +157,7 @@ def execute_all(runs, drawn, place, dataset, jobs):
     def one(name):
         if stopped.is_set():
             return
-        code = call(plan.commands(name, *runs[name], place), place.output(name))
+        code = call(plan.commands(name, *runs[name], place), place.output_file(name))
         if code == UNFINISHED:
             stopped.set()
         elif code:
@@ -171,12 +173,13 @@ def execute_all(runs, drawn, place, dataset, jobs):
 
 
 def show_detections(place, seed):
-    """Copy the picture of the last row of the item `detection`."""
+    """Copy the picture of the last row of the item `detection` to the folder of the place."""
     *_, row = plan.ROWS["detection"]
     cell = plan.cells(place.scale).get(("detection", row, "AP"))
-    picture = place.output(f"{cell.name}-seed{seed}").parent / "detections.png" if cell else None
-    if picture and picture.exists():
-        shutil.copy(picture, place.folder / "detection.png")
+    if cell:
+        picture = place.output_file(f"{cell.name}-seed{seed}").parent / "detections.png"
+        if picture.exists():
+            shutil.copy(picture, place.folder / "detection.png")
 
 
 def main(argv=None):
@@ -191,7 +194,7 @@ def main(argv=None):
         dataset = data.open_labelled(args.data)
         paths = {dataset.scale: [dataset.path] if dataset.path else []}
     if args.scale:
-        kind = plan.kind(args.scale)
+        kind = plan.base_scale(args.scale)
         if kind not in paths:
             raise UserError(f"--scale {args.scale}: for images of scale {kind}; expected a folder "
                             "of them as DATA")
@@ -222,13 +225,13 @@ def main(argv=None):
             print("stopped; the same command continues")
             return UNFINISHED
         for item, words in pictures.items():
-            if call([words], place.output(item)):
+            if call([words], place.output_file(item)):
                 failed.append(item)
     if "detection" in items and not args.collect:
         show_detections(place, args.seeds[0])
     report.write(items, place)
     for name in failed:
-        output = place.output(name)
+        output = place.output_file(name)
         last_line = output.read_text(errors="replace").strip().rpartition("\n")[-1]
         print(f"failed: {name}: {last_line}; see {output}")
     return 1 if failed else 0

@@ -24,7 +24,7 @@ saves four hours, came before the first run of these items.) Until all are there
 verdict. An interval may still change with runs of other cells, because spreads are moderated
 together. Corrected on 2026-11-28: the p-value of a collapse is that of the weaker of its two tests,
 which changed no verdict; and cells of supervised training are complete with the two seeds that the
-rule says (Figure 3, which uses them, had made it three), which completed claims on Table 2.
+rule prescribes (Figure 3, which uses them, had made it three), which completed claims on Table 2.
 """
 
 import collections
@@ -61,22 +61,22 @@ PAPER = [Claim(*fields) for fields in (
      ("jitter 1/8 | supervised", "1 | supervised")),
     ("MoCo v2 is as good with few negatives", "Sec. 5, Table 3", "equivalent", "table3",
      ("MoCo v2 | smallest K", "MoCo v2 | largest K")),
-    ("MoCo v2 is flat from Table 3's smaller K on", "Sec. 5, Fig. 4", "equivalent", "figure4",
-     ("MoCo v2 | every K of Table 3 on", "MoCo v2 | largest K")),
+    ("MoCo v2 is flat from the smaller K of Table 3 upwards", "Sec. 5, Fig. 4", "equivalent",
+     "figure4", ("MoCo v2 | every K of Table 3 on", "MoCo v2 | largest K")),
     ("MoCo falls with few negatives", "Sec. 5, Fig. 4", "positive", "figure4",
      ("MoCo | largest K", "MoCo | smallest K")),
     ("InstDisc falls with few negatives", "Sec. 5, Fig. 4", "positive", "figure4",
      ("InstDisc | largest K", "InstDisc | smallest K")),
-    ("SimCLR falls below the middle of the ladder", "Sec. 5, Fig. 4", "positive", "figure4",
+    ("SimCLR falls below the middle K", "Sec. 5, Fig. 4", "positive", "figure4",
      ("SimCLR | middle K", "SimCLR | smallest K")),
-    ("SimCLR is flat above the middle", "Sec. 5, Fig. 4", "equivalent", "figure4",
+    ("SimCLR is flat above the middle K", "Sec. 5, Fig. 4", "equivalent", "figure4",
      ("SimCLR | middle K", "SimCLR | largest K")),
     ("hard negatives change nothing", "Sec. 5, Fig. 4", "equivalent", "figure4",
      ("MoCo v2, hard negatives | every K", "MoCo v2 | same K")),
-    ("the hardest negatives alone collapse, few", "Sec. 5", "collapse", "section5",
-     ("MoCo v2 | smallest K", "hardest negatives only | smallest K")),
-    ("the hardest negatives alone collapse, many", "Sec. 5", "collapse", "section5",
-     ("MoCo v2 | largest K", "hardest negatives only | largest K")),
+    ("training collapses with the hardest tenth only, few negatives", "Sec. 5", "collapse",
+     "section5", ("MoCo v2 | smallest K", "hardest negatives only | smallest K")),
+    ("training collapses with the hardest tenth only, many negatives", "Sec. 5", "collapse",
+     "section5", ("MoCo v2 | largest K", "hardest negatives only | largest K")),
     ("random negatives are no better", "Sec. 5", "not above", "section5",
      ("random negatives | every K", "MoCo v2 | same K")),
     ("detection is as good with few negatives", "Sec. 5", "equivalent", "detection",
@@ -99,9 +99,9 @@ PAPER = [Claim(*fields) for fields in (
      "positive", "table3", ("(c) no cosine | smallest K", "(a) no MLP | smallest K")),
     ("with few negatives, the cosine schedule matters less than momentum", "Sec. 5, Table 3 (c)",
      "positive", "table3", ("(c) no cosine | smallest K", "(d) m = .5 | smallest K")),
-    ("without a momentum encoder it fails, few negatives", "Sec. 7", "collapse", "section7",
+    ("training fails without a momentum encoder, few negatives", "Sec. 7", "collapse", "section7",
      ("MoCo v2 | smallest K", "m = 0 | smallest K")),
-    ("without a momentum encoder it fails, many negatives", "Sec. 7", "collapse", "section7",
+    ("training fails without a momentum encoder, many negatives", "Sec. 7", "collapse", "section7",
      ("MoCo v2 | largest K", "m = 0 | largest K")),
 )]
 OURS = [Claim(*fields) for fields in (
@@ -109,15 +109,15 @@ OURS = [Claim(*fields) for fields in (
      ("MoCo v2, h", "MoCo v2, hidden")),
     ("a probe of h beats one of z", "Sec. 3", "positive", "section3",
      ("MoCo v2, h", "MoCo v2, z")),
-    ("h tells colour from grey better than z", "Sec. 3", "positive", "section3",
+    ("a probe of h predicts grey better than one of z", "Sec. 3", "positive", "section3",
      ("MoCo v2, h | grey", "MoCo v2, z | grey")),
-    ("h knows the hue better than z", "Sec. 3", "positive", "section3",
+    ("a probe of h predicts the hue better than one of z", "Sec. 3", "positive", "section3",
      ("MoCo v2, h | hue", "MoCo v2, z | hue")),
-    ("h knows the rotation better than z", "Sec. 3", "positive", "section3",
+    ("a probe of h predicts the rotation better than one of z", "Sec. 3", "positive", "section3",
      ("MoCo v2, h | rotation", "MoCo v2, z | rotation")),
-    ("with a head, h tells colour from grey better than without", "Sec. 3", "positive", "section3",
+    ("h predicts grey better with a head than without", "Sec. 3", "positive", "section3",
      ("MoCo v2, h | grey", "(a) without head, h | grey")),
-    ("with a head, h knows the rotation better than without", "Sec. 3", "positive", "section3",
+    ("h predicts the rotation better with a head than without", "Sec. 3", "positive", "section3",
      ("MoCo v2, h | rotation", "(a) without head, h | rotation")),
     ("pre-training helps detection", "Sec. 5", "positive", "detection",
      ("MoCo v2, many negatives", "untrained")),
@@ -125,7 +125,7 @@ OURS = [Claim(*fields) for fields in (
      ("MoCo v2 | longest", "(a) without head | longest",
       "(a) without head | shortest", "MoCo v2 | shortest")),
 )]
-# Claims without a test: the pictures show n = 1 encoder of each kind, and some images.
+# Claims that are not tested: the pictures show n = 1 encoder of each kind, and some images.
 UNTESTED = (
     ("h of the encoder with head inverts better than h without", "Sec. 3, Fig. 2",
      "see the picture and its table"),
@@ -133,7 +133,7 @@ UNTESTED = (
      "see the picture and its table"),
     ("strong augmentation merges the classes", "Sec. 4, Fig. 3", "see the picture"),
     ("without the head, or with momentum .5, few negatives hurt more than with MoCo v2", "Sec. 5",
-     "tested is only whether they hurt"),
+     "only whether they hurt is tested"),
     ("adaptive sampling of negatives is no better", "Sec. 5", "not defined in the paper"),
 )
 LENGTHS = {"shortest": 0, "longest": -1}
@@ -240,7 +240,7 @@ class Judge:
         return verdicts.judge(claim.kind, contrasts, list(samples.values()), prior)
 
 
-def papers(claim, judge):
+def paper_difference(claim, judge):
     """The paper's difference as text."""
     every = keys_of(claim, judge.scale)
     numbers = [judge.cells[key].paper for key in every[0]] if len(every) == 1 else [None]
@@ -260,7 +260,7 @@ def table(found, scale):
     cells are not complete are named below the table; they count for Holm's correction, too.
     """
     judge, lines = Judge(found, scale), []
-    for title, claims in (("Claims of the paper", PAPER), ("Claims of ours", OURS)):
+    for title, claims in (("Claims of the paper", PAPER), ("Our claims", OURS)):
         judged = {claim: judge.verdict(claim) for claim in claims}
         judged = {claim: verdict for claim, verdict in judged.items() if verdict}
         kept = verdicts.holm([verdict.p for verdict in judged.values()])
@@ -272,13 +272,13 @@ def table(found, scale):
             text = verdict.verdict + (f"; {verdict.seeds} seeds" if verdict.seeds else "")
             decided = verdict.verdict in ("shown", "contradicted")
             n = "/".join(str(count) for count in verdict.n)
-            rows.append(f"| {claim.text} | {claim.section} | {papers(claim, judge)} | "
+            rows.append(f"| {claim.text} | {claim.section} | {paper_difference(claim, judge)} | "
                         f"{verdict.estimate:+.1f} ± {verdict.half:.1f} | {n} | {text} | "
                         f"{'yes' if remains and decided else ''} |")
         lines += [f"### {title}", "", *(HEADER + rows + [""] if rows else [])]
         if missing:
-            lines += [f"Not complete: {'; '.join(missing)}.", ""]
+            lines += [f"Runs are missing for: {'; '.join(missing)}.", ""]
         if claims is PAPER:
             remarks = "; ".join(f"{claim} ({remark})" for claim, _, remark in UNTESTED)
-            lines += [f"Without a test: {remarks}.", ""]
+            lines += [f"Not tested: {remarks}.", ""]
     return lines[:-1]

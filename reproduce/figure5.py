@@ -2,7 +2,7 @@
 
     python -m reproduce.figure5 runs/moco_v2-textures-table1-negatives=hard/checkpoint.pt [DATA]
 
-Shows a query, the images in its queue that are most, averagely and least similar to it (white: a
+Shows a query, the images in its queue of highest, middle and lowest similarity to it (white: a
 random vector), and how often each rank is sampled. DATA is the folder of images on which the run
 was trained.
 """

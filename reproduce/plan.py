@@ -23,7 +23,7 @@ NAMED = {"cifar10-laptop": ("cifar10", {
     "linear_probe": LAPTOP})}
 TABLE3_K = {"imagenet": (512, 65536), "cifar10": (64, 4096), "textures": (16, 1024),
             "cifar10-laptop": (64, 4096)}
-LADDER = {"imagenet": (256, 512, 1024, 4096, 16384, 65536),     # K of Figure 4
+FIGURE4_K = {"imagenet": (256, 512, 1024, 4096, 16384, 65536),     # K of Figure 4
           "cifar10": (16, 64, 256, 1024, 4096, 16384),
           "textures": (16, 128, 1024),
           "cifar10-laptop": (64, 512, 4096)}
@@ -142,11 +142,11 @@ class Place:
     """A folder results/NAME of runs on the images DATA, with added `flags` for each script.
 
     `data` is the argument DATA, as a list, and `voc` the folder VOCdevkit for detection (default:
-    drawn scenes). The result of a run is kept as runs/RUN.json.
+    synthetic scenes). The result of a run is kept as runs/RUN.json.
     """
 
     name: str
-    scale: str                                  # of the scripts, or one of NAMED
+    scale: str                                  # one of the scripts' scales or of NAMED
     data: list = ()
     added: list = ()                            # flags for all scripts
     voc: list = ()
@@ -167,17 +167,17 @@ class Place:
     def folder(self):
         return ROOT / "results" / self.name
 
-    def out(self, name):
+    def run_folder(self, name):
         """The folder of a run's checkpoint, relative to the project's root."""
         return f"runs/reproduce/{self.name}/{name}"
 
-    def output(self, name):
+    def output_file(self, name):
         """The file with the output of a run's commands."""
-        return ROOT / self.out(name) / "output.txt"
+        return ROOT / self.run_folder(name) / "output.txt"
 
 
-def kind(scale):
-    """The scale of the scripts that a scale is made of."""
+def base_scale(scale):
+    """The scripts' own scale on which `scale` is based."""
     return NAMED[scale][0] if scale in NAMED else scale
 
 
@@ -192,7 +192,7 @@ def columns(item, scale):
     if item == "detection":
         return ["AP", "AP50", "AP75"] if scale in DETECTION else []
     if item in ("table3", "section5", "section7", "figure4"):
-        return [f"K = {K}" for K in (LADDER if item == "figure4" else TABLE3_K)[scale]]
+        return [f"K = {K}" for K in (FIGURE4_K if item == "figure4" else TABLE3_K)[scale]]
     return ["MoCo v2", "supervised"] if item.startswith("table2") else ["MoCo v2"]
 
 
@@ -201,7 +201,7 @@ def simclr_batch(K):
     return max(16, K // 2)
 
 
-def size(script, K):
+def k_flags(script, K):
     """The flags that set the number of negatives."""
     if script != "simclr":
         return ["--K", str(K)]
@@ -217,7 +217,7 @@ def settings(script, flags, scale):
     if scale in NAMED:
         flags = [*flags[:2], *NAMED[scale][1][script].split(), *flags[2:]]
     scales = getattr(module, "SUPERVISED", module.SCALES)
-    args = vars(train.settings(module.flags(), flags, kind(scale), scales, module.PRESETS))
+    args = vars(train.settings(module.flags(), flags, base_scale(scale), scales, module.PRESETS))
     for name in (*train.RUN_FLAGS, "preset"):
         del args[name]
     return json.dumps(args, sort_keys=True)
@@ -238,9 +238,9 @@ def cells(scale):
                 if column == "supervised" and script != "linear_probe":
                     script, flags = "linear_probe", ["--train", "all", *flags]
                 if column.startswith("K = "):
-                    flags += size(script, int(column[4:]))
+                    flags += k_flags(script, int(column[4:]))
                 if row in DETECTION_ROWS:
-                    flags += size(script, TABLE3_K[scale][DETECTION_ROWS[row]])
+                    flags += k_flags(script, TABLE3_K[scale][DETECTION_ROWS[row]])
                 if column.endswith(" epochs"):
                     flags += ["--epochs", column.split()[0]]
                 words = [flag.lstrip("-") for flag in flags
@@ -261,19 +261,19 @@ def cells(scale):
 def runs(items, place, seeds, rows=None):
     """{name: (script, flags)}: the runs that `items`, or some rows of them, need, each once.
 
-    Where a cell has the same flag as the place, its own counts. Exits with one line if a script
-    does not take the place's flags.
+    If a cell and the place set the same flag, the cell's value is used. Exits with one line if a
+    script does not take the place's flags.
     """
     found = {}
     for (item, row, _), (name, script, flags, *_) in cells(place.scale).items():
         for seed in seeds if item in items and row in (rows or [row]) else ():
             run = found[f"{name}-seed{seed}"] = place.run(script, flags, seed)
-            settings(*run, kind(place.scale))                   # parses the flags
+            settings(*run, base_scale(place.scale))                   # parses the flags
     return found
 
 
 def features(script, flags):
-    """The features of a run that are probed: all three of the first row of Table 1."""
+    """The features that are probed: all three for the preset table1 and quick probes, else h."""
     return ["h", "hidden", "z"] if "table1" in flags or "--quick" in flags else ["h"]
 
 
@@ -304,12 +304,12 @@ def probes(script, flags, scale):
 
 
 def processes(script, flags, scale):
-    """The number of processes: as many GPUs as a batch divides into whole groups on."""
+    """The largest number of GPUs over which a batch divides into whole groups; 1 without GPUs."""
     if script == "voc_detection":
         args = importlib.import_module("reproduce.voc_detection").SCALES[
             "voc" if scale == "imagenet" else "scenes"]
     else:
-        args = json.loads(settings(script, flags, kind(scale)))
+        args = json.loads(settings(script, flags, base_scale(scale)))
     return max((n for n in range(1, torch.cuda.device_count() + 1)
                 if args["batch_size"] % (n * args.get("bn_group", 1)) == 0), default=1)
 
@@ -323,14 +323,15 @@ def commands(name, script, flags, place):
     n = processes(script, flags, place.scale)
     python = ["torchrun", "--standalone", f"--nproc_per_node={n}"] if n > 1 else ["python"]
     if script == "voc_detection":
-        name, (script, *flags), out = name.removeprefix("voc_detection-"), flags, place.out(name)
+        out = place.run_folder(name)
+        name, (script, *flags) = name.removeprefix("voc_detection-"), flags
         training, encoder = [], "random"
         if "random" not in flags:
             training = commands(name, script, flags, place)[:1]
-            encoder = f"{place.out(name)}/checkpoint.pt"
+            encoder = f"{place.run_folder(name)}/checkpoint.pt"
         return [*training, [*python, "-m", "reproduce.voc_detection", *place.voc, "--encoder",
                             encoder, "--seed", flags[-1], "--out", out]]
-    command = [*python, f"{script}.py", *place.data, *flags, "--out", place.out(name)]
+    command = [*python, f"{script}.py", *place.data, *flags, "--out", place.run_folder(name)]
     if "--train" in flags:
         return [command]
     probed, asked = features(script, flags), questions(flags, place.scale)
@@ -338,7 +339,7 @@ def commands(name, script, flags, place):
     if "--quick" in flags:
         return [[*command, *quick]]
     probe = [*python, "linear_probe.py", *place.data, "--encoder",
-             f"{place.out(name)}/checkpoint.pt"]
+             f"{place.run_folder(name)}/checkpoint.pt"]
     found = [command, [*probe, "--quick", *quick]] if asked else [command]
     if place.scale == "imagenet":
         found += [[*probe, "--feature", feature] for feature in probed]
@@ -353,8 +354,8 @@ def pictures(items, place, seed):
             words = ["python", *PICTURES[item].split()]
             for flag in ROWS[item]:
                 name = cells(place.scale)[item, flag, "MoCo v2"].name
-                words += [*flag.split(), f"{place.out(name)}-seed{seed}/checkpoint.pt"]
-            if item == "figure2" and kind(place.scale) != "imagenet":
+                words += [*flag.split(), f"{place.run_folder(name)}-seed{seed}/checkpoint.pt"]
+            if item == "figure2" and base_scale(place.scale) != "imagenet":
                 words += ["--n-images", "16"]                   # cheap where images are small
             found[item] = [*words, *place.data, "--out", f"results/{place.name}"]
     return found

@@ -59,7 +59,7 @@ OUTLIER_ALONE = .5, .3
 # degrees of freedom, and the median variance. Arrays of shape (..., 1).
 Prior = collections.namedtuple("Prior", "variance df squares pooled_df median")
 Contrast = collections.namedtuple("Contrast", "value error df")
-# `estimate` ± `half` is the interval of the contrast that is decisive, `all` has all contrasts'.
+# `estimate` ± `half` is the interval of the decisive contrast; `all` lists those of all contrasts.
 # `p` is below LEVEL if the claim is decided. `n` lists the number of seeds of each cell. `seeds` is
 # how many per cell would resolve an unresolved claim: a number, ">100" or None.
 Verdict = collections.namedtuple("Verdict", "verdict estimate half p n seeds all")
@@ -105,7 +105,7 @@ def fit(variances, df, added=ADDED_CELLS):
 
 
 def shrink(variances, df, prior, outlier=OUTLIER):
-    """Moderated variances of cells, and their degrees of freedom; `prior` is from their place."""
+    """Moderated variances of cells and their degrees of freedom; `prior` is that of their place."""
     variances = raised(variances, df, prior.median)
     own = df / (prior.df + df)                                  # 0 with an infinite prior.df
     moderated = (1 - own) * prior.variance + own * variances

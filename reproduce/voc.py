@@ -140,7 +140,7 @@ def open_data(path):
     for image, size, objects in zip(splits[0].images, splits[0].sizes, splits[0].objects):
         if len(objects):
             full.add(image, size, objects.tolist())
-    ddp.say(f"data: {path or 'drawn scenes'}, {len(full)} training images with objects and "
+    ddp.say(f"data: {path or 'synthetic scenes'}, {len(full)} training images with objects and "
             f"{len(splits[1])} test images; scale {scale}")
     return scale, classes, full, splits[1]
 
@@ -167,9 +167,9 @@ def _read_voc(split, folder, year, image_set):
             raise UserError(f"{xml}: it or its image cannot be read as VOC's: {error}")
         for xmin, ymin, xmax, ymax, *_ in objects:
             if not (0 <= xmin < xmax <= width and 0 <= ymin < ymax <= height):
-                raise UserError(f"{xml}: a box is outside of the image of {width} x {height} "
-                                f"pixels: xmin {xmin + 1:g}, ymin {ymin + 1:g}, xmax {xmax:g}, "
-                                f"ymax {ymax:g}")
+                raise UserError(f"{xml}: a box is empty or outside of the image of {width} x "
+                                f"{height} pixels: xmin {xmin + 1:g}, ymin {ymin + 1:g}, "
+                                f"xmax {xmax:g}, ymax {ymax:g}")
         split.add(image, (height, width), objects)
 
 
@@ -183,7 +183,7 @@ def _object(entry):
 def scenes(n, seed, side=128):
     """A split of n drawn images (3, side, side): up to four textures on a texture of another class.
 
-    Objects are .25 to .6 of the side large. They may overlap, but none hides more than half of
+    Objects have .25 to .6 of the side. They may overlap, but none hides more than half of
     another.
     """
     split, rng = Split(), augment.generator("scenes", seed)

@@ -4,7 +4,7 @@ Fine-tunes the encoder f in Faster R-CNN with a C4 backbone, as He et al. (2020,
 and VOC2012 trainval for training; AP, AP50 and AP75 on VOC2007 test by the 11-point metric of 2007.
 
     torchrun --nproc_per_node=8 -m reproduce.voc_detection VOCDEVKIT --encoder FILE
-    python -m reproduce.voc_detection --encoder FILE            # a laptop: drawn scenes
+    python -m reproduce.voc_detection --encoder FILE            # a laptop: synthetic scenes
     python -m reproduce.voc_detection --encoder random          # without pre-training
 
 Settings are those of FAIR's configuration for detectron2. Differences: anchors have whole pixels;
@@ -249,7 +249,7 @@ SCALES = {
 def flags():
     parser = train.Parser("python -m reproduce.voc_detection", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("data", nargs="?", metavar="VOC", help="the folder VOCdevkit (default: drawn scenes)")
+    add("data", nargs="?", metavar="VOC", help="the folder VOCdevkit (default: synthetic scenes)")
     add("--encoder", required=True, metavar="FILE", help="checkpoint of ours, FAIR's or "
         "torchvision's; torchvision[:NAME]; random")
     add("--arch", metavar="NAME", help="architecture of --encoder random")
@@ -263,7 +263,8 @@ def flags():
     add("--batch-size", type=train.COUNT, metavar="n", help="images per step, over all processes")
     add("--lr", type=train.POSITIVE, help="learning rate (default: scaled with the batch size)")
     add("--warmup", type=train.NATURAL, metavar="STEPS", help="steps of linear warm-up")
-    add("--short-sides", type=train.COUNT, nargs="+", metavar="n", help="drawn from in training")
+    add("--short-sides", type=train.COUNT, nargs="+", metavar="n",
+        help="lengths of an image's short side, one of which is drawn for each training image")
     add("--test-side", type=train.COUNT, metavar="n", help="short side of test images")
     add("--roi-samples", type=train.COUNT, metavar="n", help="proposals per image to train on")
     add("--workers", type=train.NATURAL, default=data.default_workers(), metavar="n",
@@ -345,7 +346,7 @@ def main(argv=None):
 
 
 def draw(path, split, found, classes, name, n=6):
-    """Detections with a score of .5 or more in test images; objects are dashed.
+    """Write the picture `path`: detections with a score of .5 or more; objects are dashed.
 
     `name` is the encoder's in the title.
     """

@@ -1,9 +1,9 @@
-"""Speed, as ratios in one run against what a user would do otherwise. Not a test: nothing fails.
+"""Speed compared with a straightforward implementation in the same run. This is not a test.
 
     python tests/benchmark.py [DATA] [--markdown] [--tiny]
 
 DATA is a folder of images: large ones are used for the input rows, small ones for the rows of whole
-runs. Without it, both are made up. It takes about five minutes on two cores. Rows on a GPU are
+runs. Without it, both are generated. It takes about five minutes on two cores. Rows on a GPU are
 measured if there is one. --tiny runs every row with tiny sizes.
 """
 
@@ -40,12 +40,12 @@ from common.run import machine  # noqa: E402
 rows = []
 
 
-def row(work, against, at_least, ours, theirs=None, unit="", form="{:.2f} times"):
+def row(work, against, goal, ours, theirs=None, unit="", form="{:.2f} times"):
     """Print and keep a row: ours and theirs in `unit`, the larger the better, and their ratio."""
     ratio = form.format(ours if theirs is None else ours / theirs)
     values = "" if theirs is None else f"{ours:,.4g} to {theirs:,.4g} {unit}"
-    rows.append([work, against, at_least, ratio, values])
-    print(f"{work:58}  {ratio:>12}  at least {at_least:11}  {values}  ({against})", flush=True)
+    rows.append([work, against, goal, ratio, values])
+    print(f"{work:58}  {ratio:>12}  goal {goal:14}  {values}  ({against})", flush=True)
 
 
 def rates(works, rounds, device="cpu", warm=1):
@@ -115,14 +115,14 @@ def input_rows(files, rounds, size=224):
     pil_stack = "torchvision's PIL stack"
     row(f"two views at {size}, a worker core", pil_stack, "4.0 times", ours, slow, "images/s")
     row("the same", "decoding the JPEG alone", "0.5 times", ours, decoded, "images/s")
-    row("the same, device's part on that core too", pil_stack, "1.5 times", complete, slow,
+    row("the same, augmentation on that core too", pil_stack, "1.5 times", complete, slow,
         "images/s")
 
 
 # The step
 
 def plain_step(s, device):
-    """A step of MoCo as one writes it first.
+    """A straightforward step of MoCo.
 
     Eager fp32, default layout, ordinary batch norm, loops over parameters.
     """
@@ -176,9 +176,9 @@ def settings(scale, **other):
 
 
 def serve(make, s, device, end):
-    """A step whenever asked, answered by its seconds; in its own process.
+    """Time one step per request and send back its seconds.
 
-    Because ours sets up the allocator.
+    Runs in a process of its own, because `our_step` configures the allocator.
     """
     x = torch.randn(2, s.batch_size, 3, s.size, s.size, device=device)
     if make is our_step:
@@ -189,7 +189,7 @@ def serve(make, s, device, end):
         end.send(1 / rates([lambda: step(*x)], 1, device, warm=0)[0])
 
 
-def step_row(s, at_least, rounds, device):
+def step_row(s, goal, rounds, device):
     ends, context = [], mp.get_context("spawn")
     for make in (our_step, plain_step):
         here, there = Pipe()
@@ -204,16 +204,16 @@ def step_row(s, at_least, rounds, device):
         end.send(False)
     fast, slow = s.batch_size / np.median(np.reshape(took[2:], (-1, 2)), axis=0)
     row(f"MoCo step, {s.arch}, {s.size} pixels, batch {s.batch_size}, {s.precision}",
-        "eager fp32, default layout", at_least, fast, slow, "images/s")
+        "eager fp32, default layout", goal, fast, slow, "images/s")
 
 
-def momentum_row(arch, device, at_least, rounds):
+def momentum_row(arch, device, goal, rounds):
     moco, _ = moco_v2.build(settings("imagenet", arch=arch, K=128), device)
 
     def loop():
         loop_momentum(moco.encoder_q, moco.encoder_k, .999)
     fast, slow = rates([moco.momentum_update, loop], rounds, device)
-    row(f"momentum update, {arch}, {device.type}", "loop over parameters", at_least, fast, slow,
+    row(f"momentum update, {arch}, {device.type}", "loop over parameters", goal, fast, slow,
         "a second")
 
 
@@ -275,7 +275,7 @@ def epoch_rows(path, n, flags, processes=(1, 2, 4)):
             row(f"MoCo v2 {' '.join(flags)}, {n} images", "an epoch", "under 3 s", n / rate,
                 form="{:.2f} s")
         else:
-            row(f"the same, {count} processes at once", "one", "no floor", rate, alone, "images/s")
+            row(f"the same, {count} processes at once", "one", "no goal", rate, alone, "images/s")
 
 
 def start_up_row(rounds):
@@ -403,7 +403,7 @@ def main():
         epoch_rows(small, len(images) if in_memory else 10_000, flags,
                    (1, 2) if tiny else (1, 2, 4))
     if args.markdown:
-        print("\n| work | measured against | at least | here | |\n|---|---|---|---|---|")
+        print("\n| work | compared with | goal | measured | |\n|---|---|---|---|---|")
         print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
 
 

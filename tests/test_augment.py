@@ -172,7 +172,7 @@ def test_processes_take_their_rows_of_one_draw(photos):
     whole = module(x, 5)
     for rows in (slice(0, 4), slice(4, 8), [1, 6]):
         draws = module.draw(5, 8, views=2, rows=[rows, rows])
-        for part, view in zip(module.apply(x[:, rows], draws), whole, strict=True):
+        for part, view in zip(module.transform_views(x[:, rows], draws), whole, strict=True):
             torch.testing.assert_close(part, view[rows], rtol=0, atol=1e-5)
     assert torch.equal(module(x, 5)[0], whole[0])
     assert torch.equal(module(x, 5, batch=8)[0], whole[0])
@@ -194,7 +194,7 @@ def test_a_process_without_images_gets_empty_views(photos):
     """Its part of a last batch that is smaller than the number of processes."""
     stack, x = augment.Augment("moco_v2"), photos.expand(2, *photos.shape)
     draws = stack.draw(5, 1, views=2, rows=[slice(0, 0)] * 2)
-    views = stack.apply(x[:, :0], draws)
+    views = stack.transform_views(x[:, :0], draws)
     assert [view.shape for view in views] == [(0, 3, 48, 40)] * 2
 
 
@@ -203,10 +203,10 @@ def test_augmenting_shuffled_images_is_shuffling_augmented_ones(photos):
     module, order = augment.Augment("moco_v2"), torch.randperm(8)
     whole = module(photos[None], 5)[0]
     draws = module.draw(5, 8, rows=[order.numpy()])
-    torch.testing.assert_close(module.apply([photos[order]], draws)[0], whole[order])
+    torch.testing.assert_close(module.transform_views([photos[order]], draws)[0], whole[order])
 
 
-def test_what_is_no_image_and_unknown_names_are_refused(photos):
+def test_images_other_than_uint8_and_unknown_names_are_refused(photos):
     """Images that have been divided by 255 already would all become nearly black."""
     with pytest.raises(UserError, match="images of type torch.float32: expected torch.uint8"):
         augment.Augment("moco_v2")(photos[None] / 255, 0)

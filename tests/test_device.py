@@ -1,4 +1,4 @@
-"""What would hold a GPU back, shown without one.
+"""Operators that would slow a GPU down, detected on a CPU.
 
 A TorchDispatchMode sees every operator of a step on the CPU: reads of values by the host, and
 kernel launches (operators that are not views). FakeTensorMode raises an error if an operator mixes
@@ -87,7 +87,7 @@ def augmented(stack, views, device, parts=None):
     for name in ("mean", "std"):
         setattr(module, name, getattr(module, name).to(device))
     x = torch.randint(256, (views, BATCH, 3, 32, 32), dtype=torch.uint8, device=device)
-    return lambda: module.apply(x, draws)
+    return lambda: module.transform_views(x, draws)
 
 
 def optimizer_of(module, device):
@@ -333,7 +333,7 @@ def launches_of_moco():
     optimizer.zero_grad = lambda: None
 
     def step(i):
-        x1, x2 = module.apply([x[0], moco_v2.shuffle(x[1], permutation)], draws)
+        x1, x2 = module.transform_views([x[0], moco_v2.shuffle(x[1], permutation)], draws)
         moco_v2.train_step(moco, optimizer, x1, x2, permutation, i)
     step(0)
     with Operators() as seen:
@@ -419,8 +419,8 @@ def end_of_epochs(folder, n=40):
     network = resnet("resnet10")
     optimizer = torch.optim.SGD(module.parameters(), .1)
     run = Run({"f": network, "optimizer": optimizer}, out=folder,
-              settings={"script": "test", "batch_size": 1}, total=n + 1, epoch=1, device=CPU,
-              evaluate=dict, eval_every=10 * n, eval_first=False, max_steps=n)
+              settings={"script": "test", "batch_size": 1}, total_steps=n + 1, steps_per_epoch=1,
+              device=CPU, evaluate=dict, eval_every=10 * n, eval_first=False, max_steps=n)
     began = time.time()
     for _ in run.steps((step,) for step in range(n)):
         run.log(torch.zeros(()), lr=.1)

@@ -116,7 +116,7 @@ def test_a_run_on_a_gpu_continues_and_its_features_are_those_of_the_cpu(small, t
     (instdisc, *TINY, *GROUPS, "--K", "64", "--loss", "nce"),
     (instdisc, *TINY, *GROUPS, "--K", "64", "--loss", "infonce")],
     ids=["hard negatives", "compiled", "nce", "infonce"])
-def test_what_draws_or_compiles_on_the_gpu_runs(small, tmp_path, argv):
+def test_sampling_and_compilation_run_on_the_gpu(small, tmp_path, argv):
     module, *argv = argv
     on_gpu(module, small, *argv, "--out", "out", cwd=tmp_path)
     losses = [event["loss"] for event in entries(tmp_path / "out", "step")]

@@ -70,7 +70,7 @@ def test_a_probe_runs_reports_and_continues(made, inside):
     assert "finished already" in inside(linear_probe, *argv, cwd=made)
     out = inside(linear_probe, "--encoder", "moco/checkpoint.pt", "--epochs", "1", "--out", "one",
                  cwd=made)
-    assert "note: batch size 44, all images, and learning rate 5.15625" in out
+    assert "note: fewer images than --batch-size: batch size 44, learning rate 5.15625" in out
 
 
 def test_the_probe_is_sgd_at_lr_30_divided_by_10_at_60_and_80_epochs():
@@ -250,7 +250,7 @@ def test_a_supervised_network_with_an_mlp_head(made, inside):
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 9, 9))).byte()
 
 
-def test_variants_are_turned_grey_and_filtered_literally():
+def test_rotation_grey_and_sobel_equal_literal_loops():
     for turns, change in enumerate(linear_probe.VARIANTS["rotation"][1:], 1):
         expected = np.rot90(IMAGES.numpy(), turns, (2, 3))
         assert np.array_equal(change(IMAGES).numpy(), expected)
@@ -494,7 +494,8 @@ def test_bad_input_gets_one_line(made, tmp_path, inside, monkeypatch):
              "--feature hidden: the head of this encoder has no hidden layer"),
             ([images, "--preset", "table2a-medium"],
              "--preset table2a-medium: a supervised row; it needs --train all"),
-            ([images, "--train", "all", *encoder], "--train all starts anew: it excludes"),
+            ([images, "--train", "all", *encoder],
+             "--train all starts from random weights: it excludes"),
             (["photos", *encoder, "--quick", "--predict", "grey", "class"],
              "photos: labels are needed"),
             ([*encoder, "--predict", "grey"], "--predict: needs --quick"),

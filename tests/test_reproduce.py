@@ -148,7 +148,7 @@ def test_claims_are_judged_by_their_cells():
     deep = "a deeper head does not help"
     assert judged(deep, {"(c) more hidden layers": lower}).verdict == "shown"
     assert judged(deep, {"(c) more hidden layers": higher}).verdict == "contradicted"
-    flat = "MoCo v2 is flat from Table 3's smaller K on"
+    flat = "MoCo v2 is flat from the smaller K of Table 3 upwards"
     assert judged(flat, {}).verdict == "shown" and len(judged(flat, {}).n) == 3
     assert judged(flat, {"MoCo v2 | K = 128": higher}).verdict == "contradicted"
     assert judged(flat, {"MoCo v2 | K = 128": apart}).verdict == "not resolved"
@@ -167,7 +167,7 @@ def test_claims_are_judged_by_their_cells():
 
 
 def test_a_collapse_is_the_loss_of_half_of_the_gain():
-    text = "without a momentum encoder it fails, many negatives"
+    text = "training fails without a momentum encoder, many negatives"
     for cell, verdict in ((62., "shown"), (64.5, "not resolved"), (68., "contradicted")):
         found = judged(text, {"MoCo v2 | K = 1024": [69.6, 70.2, 70.], "m = 0 | K = 1024":
                               [cell, cell + .4, cell + .2]})
@@ -241,7 +241,7 @@ def test_tables_claims_and_figure_4_are_written_from_the_runs_that_there_are(roo
     lines = claims.table(report.results(place), scale)
     n = len(claims.PAPER) - 3 + len(claims.OURS) - 2            # blur in two ways; none on length
     n += 2 * (scale in plan.DETECTION)
-    missing = [line.split("; ") for line in lines if line.startswith("Not complete: ")]
+    missing = [line.split("; ") for line in lines if line.startswith("Runs are missing for: ")]
     assert len(missing) == 2 and sum(map(len, missing)) == n
     printed = capsys.readouterr().out
     assert "± " not in printed and "(c) more hidden layers" not in printed
@@ -267,7 +267,7 @@ def test_tables_claims_and_figure_4_are_written_from_the_runs_that_there_are(roo
     assert bool(re.search(row, text)) == (scale in plan.DETECTION), text
     assert f"{len(runs)} runs, {len(runs) / 2:.1f} hours of training; flags: none" in text
     assert re.search(r"a fixed random head beats none .* \| \+3.7 \| [-+]\d", text)
-    each = ", ".join(f"{1000 // max(16, K // 2) * 3} at K = {K}" for K in plan.LADDER[scale])
+    each = ", ".join(f"{1000 // max(16, K // 2) * 3} at K = {K}" for K in plan.FIGURE4_K[scale])
     assert "Steps of training: MoCo v2 45; MoCo v2, hard negatives 45; " in text
     assert f"InstDisc 45; SimCLR {each}." in text
     table = "\n".join(claims.table(report.results(place, claims.FIRST_SEED), scale))
@@ -297,7 +297,7 @@ def test_readme_cells_are_the_runs_of_their_setting(root):
     assert "| (a) without head | 70.00, n = 1 | 59.2 |" in parts["textures"]
     assert "### Table 3" not in parts["textures"]               # would repeat this one run
     assert "| (a) without head | 51.00 ± 1.41, n = 2 | 59.2 |" in parts["short"]
-    assert "flags: --epochs 2;" in parts["short"] and "flags: none;" in parts["textures"]
+    assert "flags: moco_v2 --epochs 2;" in parts["short"] and "flags: none;" in parts["textures"]
     assert "### Table 2" not in "".join(parts.values())
     found = report.results(short)["table1", "(a) without head", "MoCo v2"]
     assert sorted(found) == [50., 52.]
@@ -412,7 +412,7 @@ def test_a_run_is_kept_once_and_a_failed_one_is_named(fake, capsys):
         assert "failed: moco_v2-table1c-seed0: lost; see" in out
         assert "(c) more hidden layers" not in out
         assert "| (d) narrow | 69.50 (+0.00), n = 1 | 62.2 |" in out
-    assert "4 of 5 runs are there already" in out
+    assert "4 of 5 runs exist already" in out
     assert "(c) more hidden layers" not in (fake / "results/README.md").read_text()
     assert (fake / "calls").read_text() == "xxxx"
     kept = json.loads((fake / "results/textures/runs/moco_v2-table1a-seed0.json").read_text())
@@ -461,7 +461,7 @@ def test_detection_trains_the_encoder_and_keeps_the_ap(fake, capsys):
     picture = (fake / "results/textures/detection.png").read_text()
     assert "many" in rows[-1] and picture.endswith("voc_detection-moco_v2-table1-seed3")
     assert call("detection", "--rows", *rows, "--seeds", "3") == 0
-    assert "2 of 2 runs are there already" in capsys.readouterr().out
+    assert "2 of 2 runs exist already" in capsys.readouterr().out
 
 
 def test_on_imagenet_detection_needs_voc(root, tmp_path, capsys):
@@ -507,8 +507,8 @@ def test_runs_with_other_flags_or_data_are_kept_apart(fake):
 def test_a_result_is_not_put_beside_those_of_other_flags_that_were_kept_meanwhile(fake):
     """Two commands at once with one --as: the folder is empty when both of them start."""
     other = "import pathlib\npath = pathlib.Path('results/short/runs/other-seed0.json')\n"
-    run = {"data": "built-in textures", "flags": ["--epochs", "3"], "settings": {},
-           "commands": ["python moco_v2.py"]}
+    run = {"name": "moco_v2-other-seed0", "data": "built-in textures", "flags": ["--epochs", "3"],
+           "settings": {}}
     (fake / "moco_v2.py").write_text(TRAINING + other + f"path.write_text({json.dumps(run)!r})")
     line = refused(reproduce, "table1", "--rows", "MoCo v2", "--flags", "--epochs 2", "--as",
                    "short")
@@ -546,7 +546,7 @@ def test_a_picture_has_its_checkpoints_trained_again_without_changing_their_resu
     kept.write_text(before)
     shutil.rmtree(fake / "runs")
     assert call("figure2") == 0
-    assert "drawn from weights weights" in place.output("figure2").read_text()
+    assert "drawn from weights weights" in place.output_file("figure2").read_text()
     assert kept.read_text() == before
 
 
@@ -597,8 +597,8 @@ def test_supervised_runs_and_the_papers_protocol_are_read_where_they_are(fake, t
     assert len(plan.commands("a", "linear_probe", ["--train", "all"], place)) == 1
 
 
-def test_added_flags_do_not_undo_what_a_cell_is():
-    """A point of Figure 4 keeps its K or batch size; only scripts that run need know a flag."""
+def test_added_flags_do_not_override_those_of_a_cell():
+    """A point of Figure 4 keeps its K or batch size; only scripts that run must accept a flag."""
     place = plan.Place("here", "textures", added=["--batch-size", "32"])
     runs = plan.runs(["figure4"], place, [0])
     sizes = {simclr.flags().parse_args(flags).batch_size

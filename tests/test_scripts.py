@@ -114,7 +114,7 @@ def test_a_signal_finishes_the_step_and_exits_with_75(tmp_path, number):
     assert process.returncode == 75, out
     step = load(tmp_path / "out/checkpoint.pt")["step"]
     assert out.count("stopping after this step") == 1
-    assert f"stopped at step {step} of 6000, saved in out; the same command continues" in out
+    assert f"stopped at step {step} of 6000, saved in out; to continue, use the same command" in out
     last = json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["step"]) == ("unfinished", step)
 

@@ -314,7 +314,7 @@ def test_a_vocdevkit_is_read_as_it_is_written(tmp_path):
     assert x.shape == (1, 3, 96, 64) and torch.equal(x[:, 0], x[:, 2])  # grey
     assert sizes == [(90, 64)]
     (x, _, _), = voc.load(test, views, stride=16, normalisation="imagenet", device=CPU, workers=0)
-    assert x[0, :, 90:].abs().max() == 0    # padded after it
+    assert x[0, :, 90:].abs().max() == 0    # padded after normalisation
     assert targets[0]["labels"].tolist() == [dog, person]
 
 
@@ -478,9 +478,9 @@ def test_bad_input_gets_one_line(tmp_path, monkeypatch):
     xml = root / "VOC2007/Annotations/test1.xml"
     text = xml.read_text()
     for old, new, line in [
-            ("<xmax>64<", "<xmax>65<", "test1.xml: a box is outside of the image of 64 x 90 "
-                                       "pixels: xmin 1, ymin 1, xmax 65, ymax 45"),
-            ("<xmin>1<", "<xmin>0<", "a box is outside of the image"),
+            ("<xmax>64<", "<xmax>65<", "test1.xml: a box is empty or outside of the image of 64 "
+                                       "x 90 pixels: xmin 1, ymin 1, xmax 65, ymax 45"),
+            ("<xmin>1<", "<xmin>0<", "a box is empty or outside of the image"),
             ("<name>dog<", "<name>wolf<", "'wolf' is not in list"),
             ("</annotation>", "", "test1.xml: it or its image cannot be read")]:
         xml.write_text(text.replace(old, new, 1))
