@@ -236,8 +236,8 @@ def image_files(paths, size):
 def read_encoder(path, flag, scale, preset, hidden):
     """`(encoder, settings)` of `path`, by default of the run of `preset`.
 
-    Raises UserError if there is no such file, or if its head has a hidden layer and
-    `hidden` is False, or the other way round.
+    Raises UserError if there is no such file, or if its head has a hidden layer and `hidden` is
+    False, or the other way round.
     """
     path = path or f"runs/moco_v2-{scale}-{preset}/checkpoint.pt"
     if not Path(path).exists():

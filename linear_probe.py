@@ -298,7 +298,7 @@ def quick(args):
         parts = [(part, {}) for part in sampled]
         for feature in args.feature:
             found = {what: predict(what, feature, encoder, whole if what == "class" else parts,
-                                  options, args.seed) for what in targets}
+                                   options, args.seed) for what in targets}
             row = f"random ({settings['arch']})" if name == "random" else name
             say_row(found, "top1", f"{row}, {feature}")
             file, stem = Path(name), "quick"

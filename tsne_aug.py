@@ -195,7 +195,7 @@ def flags():
 def row(what, names, labels, named_features, args):
     """Maps [y (n, 2)] of the features {name: x (n, D)}, and what figure3.json says about them.
 
-    A score is a pair: in the features, and in the map.
+    Each score is a list of two: in the features, and in the map.
     """
     ddp.say(f"{what}:")
     maps, panels = [], []

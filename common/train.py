@@ -122,8 +122,8 @@ def plain(value):
 def begin(flags, argv, scales, presets):
     """Join the process group, open the data, resolve the settings: `(args, dataset, device)`.
 
-    Raises UserError if `--out` lies among images without classes, because
-    curves.png would be taken for one of them.
+    Raises UserError if `--out` lies among images without classes, because curves.png would be taken
+    for one of them.
     """
     first = flags.parse_args(argv)              # reports wrong flags before anything is opened
     device, dataset = ddp.init(first.device), data.open_data(first.data)
@@ -242,7 +242,7 @@ def embedder(module, args, device, batch=None):
 
 
 def record(module, x):
-    """A module's forward and backward pass as CUDA graphs, for inputs of the shape of x.
+    """Record the forward and backward pass of a module as CUDA graphs, for inputs shaped like x.
 
     PyTorch runs the module several times to warm up; its buffers are restored afterwards. PyTorch
     also replaces the forward pass of the module that it is given: here, of a wrapper.

@@ -310,7 +310,8 @@ def test_figure_2_and_figure_3_are_drawn_from_the_default_runs(made, inside):
     out = inside(dip_inversion, "--iterations", "3", cwd=made)
     assert "12 panels of 32 pixels, 517615 weights each" in out
     assert "hidden (the paper's z), with MLP head, mean of 4 images: feature error" in out
-    assert "(h, with MLP head) minus (h, without MLP head), ± half of the 95 % interval: " in out
+    assert ("(h, with MLP head) minus (h, without MLP head), ± half of the 95 % interval: "
+            "feature_error ") in out
     found = json.loads((made / "runs/dip_inversion/figure2.json").read_text())
     assert len(found["panels"]) == 3
     assert len(found["panels"][0]["psnr"]) == 4
