@@ -213,5 +213,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.launch(main, less_memory=(
-        f"fewer --workers, or a smaller --batch-size or --K {train.NEW_RUN}"))
+    train.launch(main, less_memory=f"a smaller --batch-size or --K {train.NEW_RUN}",
+                 workers=True)

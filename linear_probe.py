@@ -451,4 +451,4 @@ def draw_confusion(path, confusion, classes):
 
 
 if __name__ == "__main__":
-    train.launch(main)
+    train.launch(main, less_memory=f"a smaller --batch-size {train.NEW_RUN}", workers=True)

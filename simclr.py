@@ -316,5 +316,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.launch(main, less_memory=(
-        f"fewer --workers, or a smaller --chunk or --batch-size {train.NEW_RUN}"))
+    train.launch(main, less_memory=f"a smaller --chunk or --batch-size {train.NEW_RUN}",
+                 workers=True)

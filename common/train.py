@@ -260,16 +260,17 @@ def record(module, x):
 NEW_RUN = "(a new run: it needs another --out or --fresh)"
 
 
-def launch(main, argv=None, less_memory=f"fewer --workers, or a smaller --batch-size {NEW_RUN}"):
+def launch(main, argv=None, less_memory=None, workers=False):
     """Call `main(argv)` and exit with its return value as exit code.
 
-    Errors that the user can fix are printed as one line, with exit code 1. `less_memory` is the
-    advice of the script when memory runs out.
+    Errors that the user can fix are printed as one line, with exit code 1. If memory runs out, the
+    line advises `less_memory`, the flags of the script that reduce it, and fewer `workers` too if
+    the script has that flag and it is the memory of the host.
     """
     try:
         code = main(argv)
     except Exception as error:
-        message = _explain(error, less_memory)
+        message = _explain(error, less_memory, workers)
         if message is None:
             raise
         print(message, file=sys.stderr)
@@ -277,18 +278,19 @@ def launch(main, argv=None, less_memory=f"fewer --workers, or a smaller --batch-
     sys.exit(code)
 
 
-def _explain(error, less_memory):
+def _explain(error, less_memory, workers):
     """One line for an error that the user can do something about, or None."""
     text, full = str(error), (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    gpu = ": use " + less_memory if less_memory else ""
+    host = ": use fewer --workers, or " + less_memory if workers else gpu
     if isinstance(error, UserError):
         return text
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of GPU memory: use {less_memory.removeprefix('fewer --workers, or ')}"
+        return "out of GPU memory" + gpu
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return f"out of memory: use {less_memory}"
+        return "out of memory" + host
     if "DataLoader worker" in text:
-        return ("a process that reads images was killed, probably for lack of memory: use "
-                f"{less_memory}")
+        return "a process that reads images was killed, probably for lack of memory" + host
     if isinstance(error, PermissionError):
         return f"{error.filename}: permission denied"
     if isinstance(error, BrokenPipeError):                      # as in `... | head`

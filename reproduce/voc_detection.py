@@ -377,4 +377,5 @@ def draw(path, split, found, classes, name, n=6):
 
 
 if __name__ == "__main__":
-    train.launch(main, less_memory=f"a smaller --batch-size or --roi-samples {train.NEW_RUN}")
+    train.launch(main, less_memory=f"a smaller --batch-size or --roi-samples {train.NEW_RUN}",
+                 workers=True)
