@@ -9,7 +9,7 @@ Eq. (1), as in moco_v2.py. There is no queue and no momentum encoder, so the bat
     python simclr.py DATA --batch-size 32768 --chunk 512        # K = 65534, memory of 512 images
 
 x1, x2 (N, 3, H, W): two views of N images; M = W N images on W processes. h = f(x) (N, width).
-z = g(h) (N, D). The embeddings of all views are (2 M, D): all first views, then all second views.
+z = g(h) (N, D). The embeddings of all views are (2 M, D): the two views of an image are neighbours.
 Batch statistics are taken over all images; there are no groups.
 """
 
@@ -31,28 +31,32 @@ from common.run import Run
 
 
 def nt_xent(z, rows, temperature):
-    """Twice Eq. (1), the mean over the views `rows` (n,) of all views z (2 M, D) at unit length.
+    """2 times the mean of Eq. (1) over the views `rows` (n,), indices into z (2 M, D).
 
-    The released code sums the means of the two directions.
+    z holds all views at unit length. The factor is that of the released code, which sums the means
+    over first and over second views.
     """
-    partner = (rows + len(z) // 2) % len(z)                     # the other view of the same image
+    partner = rows ^ 1                                          # the other view of the same image
     similarity = z[rows] @ z.T                                  # (n, 2 M)
     positive = similarity.gather(1, partner[:, None])[:, 0]     # (n,)
     negatives = similarity.scatter(1, torch.stack([rows, partner], 1), -math.inf)
     return 2 * info_nce(positive, negatives, temperature)
 
 
-def own_rows(M, device):
-    """The indices (2 N,) of this process's views among all 2 M views."""
-    mine = torch.arange(M, device=device)[ddp.rows(M)]
-    return torch.cat([mine, mine + M])
+def embed_pairs(embed, x1, x2):
+    """Unit-length z (N, 2, D) of both views of N images; `embed` maps views x to z."""
+    return unit(embed(torch.cat([x1, x2]))).unflatten(0, (2, -1)).transpose(0, 1)
+
+
+def own_rows(z):
+    """The indices (2 N,) of this process's views among all views z (2 M, D)."""
+    return torch.arange(len(z), device=z.device)[ddp.rows(len(z))]
 
 
 def train_step(embed, optimizer, x1, x2, temperature):
     """One step of SimCLR on N images; returns the loss. `embed` maps views x to z."""
-    z = unit(embed(torch.cat([x1, x2]))).unflatten(0, (2, -1))                  # (2, N, D)
-    z = ddp.all_gather_with_grad(z.transpose(0, 1)).transpose(0, 1).flatten(0, 1)   # (2 M, D)
-    loss = nt_xent(z, own_rows(len(z) // 2, z.device), temperature)             # twice Eq. (1)
+    z = ddp.all_gather_with_grad(embed_pairs(embed, x1, x2)).flatten(0, 1)      # (2 M, D)
+    loss = nt_xent(z, own_rows(z), temperature)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -63,14 +67,14 @@ BLOCK = 2 ** 23                                 # similarities in memory at once
 BN_MOMENTUM = .1
 
 
-def chunked_step(encoder, embed, no_sync, optimizer, views, n, parts, temperature):
-    """`train_step` on n images in `parts` parts, with the memory of one part (gradient caching).
+def chunked_step(encoder, embed, no_sync, optimizer, views, N, parts, temperature):
+    """`train_step` on N images in `parts` parts, with the memory of one part (gradient caching).
 
     It computes the embeddings of all parts without gradient; then the gradient of the loss with
     respect to them, by blocks of rows; then each part again, with gradient, to propagate it to the
     weights. The only difference from `train_step` is that batch statistics are those of a part.
 
-    `views(part)` returns x1, x2 of the images `part`, a slice of this process's n, and must return
+    `views(part)` returns x1, x2 of the images `part`, a slice of this process's N, and must return
     the same at both calls. `no_sync` is DDP's context without gradient synchronisation.
     """
     # Every parts-th image, so that the parts of W processes together are those of one process.
@@ -80,28 +84,27 @@ def chunked_step(encoder, embed, no_sync, optimizer, views, n, parts, temperatur
     set_bn_momentum(encoder, 1.)                # each part replaces the running statistics
     for part in slices:
         with torch.no_grad():
-            embedded = unit(embed(torch.cat(views(part)))).unflatten(0, (2, -1))
+            pairs = embed_pairs(embed, *views(part))
         for total, s in zip(mean, statistics):
             total.add_(s, alpha=1 / parts)
-        z = embedded.new_empty(2, n, embedded.shape[2]) if z is None else z
-        z[:, part] = embedded                                   # (2, N, D)
+        z = pairs.new_empty(N, *pairs.shape[1:]) if z is None else z
+        z[part] = pairs                                         # (N, 2, D)
     for s, old, new in zip(statistics, before, mean):
         s.copy_(old.lerp(new, BN_MOMENTUM))
-    z = ddp.all_gather(z.transpose(0, 1)).transpose(0, 1).flatten(0, 1)         # (2 M, D)
-    z.requires_grad_()
-    rows, loss = own_rows(len(z) // 2, z.device), 0.
+    z = ddp.all_gather(z).flatten(0, 1).requires_grad_()        # (2 M, D)
+    rows, loss = own_rows(z), 0.
     for block in rows.split(max(1, BLOCK // len(z))):
-        share = nt_xent(z, block, temperature) * len(block) / len(rows)         # twice Eq. (1)
+        share = nt_xent(z, block, temperature) * len(block) / len(rows)
         share.backward()
         loss += share.detach()
     # Each loss depends on all embeddings: sum over processes, as `all_gather_with_grad` does.
-    gradient = ddp.total(z.grad)[rows].unflatten(0, (2, -1))                    # (2, N, D)
+    gradient = ddp.total(z.grad)[rows].unflatten(0, (-1, 2))    # (N, 2, D)
     optimizer.zero_grad()
     set_bn_momentum(encoder, 0.)                # the first pass has moved the running statistics
     for i, part in enumerate(slices):
         with no_sync() if i < parts - 1 else contextlib.nullcontext():
-            embedded = unit(embed(torch.cat(views(part)))).unflatten(0, (2, -1))
-            (embedded * gradient[:, part]).sum().backward()
+            pairs = embed_pairs(embed, *views(part))
+            (pairs * gradient[part]).sum().backward()
     set_bn_momentum(encoder, BN_MOMENTUM)
     optimizer.step()
     return loss

@@ -57,8 +57,8 @@ def test_nt_xent_is_its_formula():
     M, t = 5, .3
 
     def loop(z):
-        total = 0
-        for first, second in ((z[:M], z[M:]), (z[M:], z[:M])):  # the sum of both directions' means
+        total, one, two = 0, z[::2], z[1::2]                    # first and second views
+        for first, second in ((one, two), (two, one)):          # the sum of both directions' means
             for i in range(M):
                 positive = (first[i] @ second[i] / t).exp()
                 others = sum((first[i] @ view[j] / t).exp()
