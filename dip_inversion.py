@@ -1,8 +1,9 @@
-"""What the projection head lets h keep: natural pre-images of features. Sec. 3, Figure 2.
+"""Which information do features keep? Inversion with a Deep Image Prior. Sec. 3, Figure 2.
 
 For an image x and an encoder f, a network R is trained to turn fixed noise into an image x_rec
 whose features are those of x. R is a Deep Image Prior (Ulyanov et al. 2018): it favours images that
-look natural, so x_rec shows what the features have kept of x.
+look natural, so x_rec shows what the features have kept of x. (The paper calls x_rec x', and the
+noise Z.)
 
     python dip_inversion.py                     # a laptop: built-in images, three minutes
     python dip_inversion.py IMAGENET            # encoders: the runs of table1a and table1
@@ -86,7 +87,8 @@ class R(nn.Module):
 class Panels(nn.Module):
     """C x n independent networks R, evaluated together with vmap: x_rec (C, n, 3, size, size).
 
-    The network and the noise of image i are drawn from (seed, i) and copied to all C columns.
+    The network and the noise of image i are drawn from (seed, i) and copied to all C columns. vmap
+    turns many small kernels into few large ones.
     """
 
     def __init__(self, columns, images, size, seed):
@@ -113,29 +115,29 @@ class Panels(nn.Module):
 
 # The objective: min |f(x_rec) - f(x)|^2 over the weights of R.
 
-def column(encoder, feature, normalisation, device):
+def feature_function(encoder, feature, normalisation, device):
     """The function x (n, 3, S, S) in [0, 1] -> `feature` (n, width) of a frozen `encoder`."""
     encoder.to(device).eval().requires_grad_(False)
     mean, std = torch.tensor(augment.NORMALISE[normalisation], device=device).view(2, 3, 1, 1)
     return lambda x: encoder.embed((x - mean) / std, feature)
 
 
-def invert(columns, x, iterations, seed):
+def invert(functions, x, iterations, seed):
     """Yield `(iteration, x_rec, error)` for iterations 1 to `iterations` of Adam.
 
-    For C functions `columns` (see `column`) and images x (n, 3, S, S): x_rec (C, n, 3, S, S) and
+    For C `functions` (see `feature_function`) and images x (n, 3, S, S): x_rec (C, n, 3, S, S) and
     its relative error (C, n), |f(x_rec) - f(x)|^2 / |f(x)|^2. The loss of a panel is the mean
     squared difference of features.
     """
     with torch.no_grad():
-        targets = [embed(x) for embed in columns]               # (n, width) each
-    panels = Panels(len(columns), len(x), x.shape[-1], seed).to(x.device)
+        targets = [f(x) for f in functions]                     # (n, width) each
+    panels = Panels(len(functions), len(x), x.shape[-1], seed).to(x.device)
     optimizer = torch.optim.Adam(panels.parameters(), LR)
     for iteration in range(1, iterations + 1):
         x_rec = panels()                                        # (C, n, 3, S, S)
         loss, errors = 0, []
-        for embed, own, target in zip(columns, x_rec, targets):
-            square = (embed(own) - target).square()             # (n, width)
+        for f, images, target in zip(functions, x_rec, targets):
+            square = (f(images) - target).square()              # (n, width)
             loss = loss + square.mean(1).sum()
             errors.append(square.detach().sum(1) / target.square().sum(1))
         optimizer.zero_grad()
@@ -204,19 +206,17 @@ def choose(dataset, n):
     return names, images.take(np.array(chosen))
 
 
-def differences_to_first(found):
-    """For each column after the first, {measure: [mean difference, half of its 95 % interval]}.
+def paired_differences(values, reference):
+    """{measure: [mean difference of two columns, half the width of its 95 % interval]}.
 
-    Differences are paired over the images; `found` is from `measure`, for two images or more.
+    Both are from `measure`, for the same two or more images.
     """
     from scipy.stats import t                                   # slow to import
-    compared = []
-    for values in found[1:]:
-        compared.append({})
-        for name, own in values.items():
-            pairs = np.subtract(own, found[0][name])
-            half = t.ppf(.975, len(pairs) - 1) * pairs.std(ddof=1) / math.sqrt(len(pairs))
-            compared[-1][name] = [pairs.mean(), half]
+    compared = {}
+    for name in values:
+        pairs = np.subtract(values[name], reference[name])
+        half = t.ppf(.975, len(pairs) - 1) * pairs.std(ddof=1) / math.sqrt(len(pairs))
+        compared[name] = [pairs.mean(), half]
     return compared
 
 
@@ -306,18 +306,18 @@ def main(argv=None):
         raise UserError(f"--no-head and --head: h has {no_head.f.width} and {with_head.f.width} "
                         f"dimensions, images have {size} and {b['size']} pixels; expected the same")
     kinds = (no_head, "h", a), (with_head, "h", b), (with_head, "hidden", b)
-    columns = [column(encoder, feature, settings["normalisation"], device)
-               for encoder, feature, settings in kinds]
+    functions = [feature_function(encoder, feature, settings["normalisation"], device)
+                 for encoder, feature, settings in kinds]
     names, chosen = (image_files(args.images, size) if args.images
                      else choose(dataset, args.n_images))
     x = torch.cat(list(data.whole(chosen, size=size, batch=64, device=device, workers=0))) / 255
     iterations = args.iterations or (1000 if size <= data.SMALL else 3100)
     args.out.mkdir(parents=True, exist_ok=True)
     weights = sum(p.numel() for p in R(size).parameters())
-    ddp.say(f"{len(columns) * len(x)} panels of {size} pixels, {weights} weights each, "
+    ddp.say(f"{len(functions) * len(x)} panels of {size} pixels, {weights} weights each, "
             f"{iterations} iterations; writing to {args.out}")
     began = shown = time.time()
-    for iteration, x_rec, error in invert(columns, x, iterations, args.seed):
+    for iteration, x_rec, error in invert(functions, x, iterations, args.seed):
         if time.time() - shown < REPORT_EVERY and iteration not in (1, iterations):
             continue
         shown = time.time()
@@ -333,13 +333,16 @@ def main(argv=None):
     for name, values in zip(COLUMNS, found):
         means = LABEL.format(**{key: np.mean(value) for key, value in values.items()})
         ddp.say(f"{name}, mean of {len(x)} images: {means}".replace("\n", ", "))
-    compared = differences_to_first(found) if len(x) > 1 else []
-    for name, values in zip(COLUMNS[1:], compared):
+    compared, reference = {}, COLUMNS[1]        # which keeps most, according to the paper
+    for name, values in zip(COLUMNS, found):
+        if name == reference or len(x) == 1:
+            continue
+        compared[name] = paired_differences(values, found[1])
         pairs = ", ".join(f"{key} {mean:+.3f} ± {half:.3f}"
-                          for key, (mean, half) in values.items())
-        ddp.say(f"({name}) minus ({COLUMNS[0]}), ± half of the 95 % interval: {pairs}")
+                          for key, (mean, half) in compared[name].items())
+        ddp.say(f"({name}) minus ({reference}), 95 % intervals: {pairs}")
     content = {"columns": COLUMNS, "images": names, "panels": found,
-               "differences_to_first": compared, "iterations": iterations, "seed": args.seed,
+               "differences": compared, "iterations": iterations, "seed": args.seed,
                "encoders": [a, b], "minutes": (time.time() - began) / 60, **run.machine(device)}
     (args.out / "figure2.json").write_text(json.dumps(content, indent=1))
     ddp.say(f"figure2.png and figure2.json in {args.out}")

@@ -1,4 +1,4 @@
-"""InstDisc: the negatives come from a memory bank. Sec. 5, Figure 4 (red).
+"""InstDisc: the negatives come from a memory bank. Sec. 5, Figure 4.
 
 A bank holds the latest feature of every image. A view of an image is compared with the image's own
 slot, its positive, and with K slots drawn anew for each image, its negatives (Wu et al. 2018). One
@@ -34,9 +34,10 @@ def draw_negatives(n, K, batch, seed, step, device):
 
 
 def similarities(v, memory, slots):
-    """Dot products (N, S) of v (N, D) with an image's own `slots` (N, S) of the bank (n, D).
+    """Row i: the dot products of v[i] with the slots `slots[i]` of the bank; (N, S).
 
-    Copying the slots takes N S D numbers. If S D is large, products with the whole bank are faster.
+    v (N, D), `memory` (n, D), `slots` (N, S). Copying the slots takes N S D numbers. If S D exceeds
+    about 2 n, the products with the whole bank are faster.
     """
     if slots.shape[1] * memory.shape[1] < 2 * len(memory):
         return torch.bmm(memory[slots], v[:, :, None])[:, :, 0]
@@ -47,12 +48,13 @@ def nce(positive, negatives, Z, n):
     """Noise-contrastive estimation (Wu et al. 2018, Eqs. (4) to (7)), the mean over images.
 
     `positive` (N,) and `negatives` (N, K) are similarities s, divided by the temperature. With
-    P = exp(s) / Z and uniform noise over n slots, h = P / (P + K / n) is the probability that a
-    slot is the image's own. The loss is -log h of the positive, minus the sum of log(1 - h) of the
-    negatives. If P = 1 / n everywhere, it is ln(K + 1) + K ln(1 + 1 / K).
+    P = exp(s) / Z and uniform noise over n slots, the probability that a slot is the image's own is
+    P / (P + K / n) = sigmoid(s - log(Z K / n)). The loss is the binary cross-entropy: -log of this
+    for the positive, and of 1 minus this for each negative, in sum. If P = 1 / n everywhere, it is
+    ln(K + 1) + K ln(1 + 1 / K).
     """
-    shift = torch.log(Z * negatives.shape[1] / n)               # s with P = K / n: there, h is 1/2
-    return (F.softplus(shift - positive) + F.softplus(negatives - shift).sum(1)).mean()
+    noise = torch.log(Z * negatives.shape[1] / n)
+    return -(F.logsigmoid(positive - noise) + F.logsigmoid(noise - negatives).sum(1)).mean()
 
 
 def nce_loss(v, memory, slots, temperature, Z, step):

@@ -357,6 +357,7 @@ def build(args, device, frozen=None):
     """`(model, logits_of, optimizer)`; with `frozen`, only the classifier is trained."""
     torch.manual_seed(args.seed)
     f = frozen or resnet(args.arch, args.bn_group)
+    # f gives the features; g is not a projection head here, but the classifier.
     model = Encoder(f, head(args.head, f.width, args.classes))
     model.to(device, memory_format=torch.channels_last)
     if frozen:

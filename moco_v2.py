@@ -13,7 +13,8 @@ FAIR reports 53 hours on 8 V100 for 200 epochs of its code; the rows of Table 1 
 
 x1, x2 (N, 3, H, W): two views of N images. h = f(x) (N, width). z = g(h) (N, D). q, k (N, D): z of
 the query and the momentum encoder at unit length. queue (K, D). W processes of N images each;
-groups of --bn-group images share batch statistics.
+groups of --bn-group images share batch statistics. In one process, `ddp.all_gather(x)` is x, and
+`ddp.rows(n)` selects all n rows.
 """
 
 import argparse
@@ -70,7 +71,7 @@ class MoCo(nn.Module):
         """
         K, batch = len(self.queue), len(k)
         position = (step * batch + torch.arange(batch, device=k.device)) % K
-        self.queue[position[-K:]] = k[-K:].to(self.queue.dtype)
+        self.queue[position[-K:]] = k[-K:].to(self.queue.dtype)         # a batch may exceed K
 
 
 def shuffle(x2, permutation):
@@ -88,7 +89,8 @@ def train_step(moco, optimizer, x1, x2, permutation, step, ranks=None):
     """One step of MoCo on N images; returns the loss. Updates encoders, optimizer and queue.
 
     x1 (N, 3, H, W) are first views; x2 (N, 3, H, W) are second views after `shuffle`. `ranks`
-    (N, K): which negatives to use, by their similarity to the query; default: all, once.
+    (N, K): indices into the queue, sorted by descending similarity to the query; default: the whole
+    queue.
     The released code updates the momentum encoder before it computes the keys. Doing it after the
     optimizer step gives the same keys, because both encoders are equal before the first step.
     """
@@ -255,6 +257,7 @@ def main(argv=None):
     batch, mine = args.batch_size, ddp.rows(args.batch_size)
     for step, x, _ in run.steps(train.views(args, dataset.train, 2, run, device)):
         order = augment.generator("shuffle", args.seed, step).permutation(batch)
+        # The second views of this process are those of the images that `shuffle` gives it.
         draws = augmentation.draw(step, batch, views=2, rows=[mine, order[mine]])
         draws = ddp.send({**draws, "permutation": torch.from_numpy(order)}, device)
         permutation = draws.pop("permutation")

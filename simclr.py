@@ -1,4 +1,4 @@
-"""SimCLR: the negatives come from the batch itself. Sec. 5, Figure 4 (green).
+"""SimCLR: the negatives come from the batch itself. Sec. 5, Figure 4.
 
 Each image of a batch gives two views. The other view of an image is its positive, and all views of
 the other images are its negatives (Chen et al. 2020a): K = 2 (M - 1) for M images. The loss is

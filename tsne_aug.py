@@ -1,4 +1,4 @@
-"""Strong augmentation merges classes, not instances: the semantic label shift. Sec. 4, Figure 3.
+"""Does strong augmentation mix classes, but not instances? t-SNE of features. Sec. 4, Figure 3.
 
 Maps by t-SNE (van der Maaten & Hinton 2008) of the logits of a supervised model, for 10 classes of
 64 training images each, under no, weak (crop and flip) and strong augmentation (MoCo v2's). Scores
@@ -119,7 +119,7 @@ def silhouette(x, labels):
 
 
 def agreement(x, labels, k=NEIGHBOURS):
-    """Percentage of points whose k nearest others vote for the point's own label."""
+    """Accuracy in percent of a vote of the k nearest other points on a point's label."""
     others = distances(x).fill_diagonal_(math.inf)
     nearest = others.topk(min(k, len(x) - 1), largest=False).indices            # (n, k)
     votes = one_hot(labels[nearest]).sum(1)                     # (n, labels)
@@ -271,10 +271,11 @@ def main(argv=None):
         repeated = images.take((labels * args.per_class).numpy())
         named = {}
         for feature, how in (("h", "weak"), ("h", "strong"), ("z", "strong")):
-            named[f"{feature}, {how} augmentation"] = features(
+            name = "h" if feature == "h" else "logits"
+            named[f"{name}, {how} augmentation"] = features(
                 models[feature], feature, repeated, how, args.seed, device)
         what = (f"{args.classes} images, {args.per_class} views of each, by instance (h of the "
-                "contrastive model; z: logits of the supervised model)")
+                "contrastive, logits of the supervised model)")
         rows.append(row(what, names, labels, named, args))
     for _, settings in models.values():
         settings.pop("data", None)              # a path of this machine

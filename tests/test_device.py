@@ -25,7 +25,8 @@ import moco_v2
 import simclr
 import tsne_aug
 from common import UserError, augment, data, ddp, evaluate, train
-from common.model import Encoder, GroupBatchNorm2d, head, resnet
+from common.layers import GroupBatchNorm2d
+from common.model import Encoder, head, resnet
 from common.run import Run
 
 CPU = torch.device("cpu")
@@ -159,7 +160,7 @@ def tsne_step(device):
 
 def dip_step(device):
     """An iteration of two panels, but for Adam, whose step counters stay on the CPU."""
-    embed = dip_inversion.column(encoder_of(), "hidden", "textures", device)
+    embed = dip_inversion.feature_function(encoder_of(), "hidden", "textures", device)
     panels = dip_inversion.Panels(1, 2, 32, seed=0)
     x, target = torch.rand(2, 3, 32, 32, device=device), torch.randn(2, 512, device=device)
 

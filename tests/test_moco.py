@@ -15,7 +15,8 @@ import linear_probe
 import moco_v2
 import simclr
 from common import UserError, ddp, run, train
-from common.model import Encoder, GroupBatchNorm2d, SmallConv2d, head, resnet
+from common.layers import GroupBatchNorm2d, SmallConv2d
+from common.model import Encoder, head, resnet
 
 CPU = torch.device("cpu")
 

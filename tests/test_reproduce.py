@@ -309,14 +309,14 @@ def test_pictures_are_shown_if_they_are_there(root):
     measures = dict(zip(("feature_error", "structure"), ([.5, .25], [.1, .2])))
     (root / "results/textures/figure2.json").write_text(json.dumps({
         "columns": ["h", "z"], "images": ["cat", "dog"], "panels": [measures, measures],
-        "differences_to_first": [{"feature_error": [0, .5], "structure": [-.25, .125]}]}))
+        "differences": {"h": {"feature_error": [0, .5], "structure": [-.25, .125]}}}))
     text = report.page()
     assert """
 | mean of 2 images | feature_error | structure |
 | --- | --- | --- |
 | h | 0.375 | 0.150 |
 | z | 0.375 | 0.150 |
-| z: difference to the first (95 %) | +0.000 ± 0.500 | -0.250 ± 0.125 |
+| (h) minus (z), 95 % intervals | +0.000 ± 0.500 | -0.250 ± 0.125 |
 """ in text
     assert "## results/textures" in text and "(textures/figure2.png)" in text
     assert "figure3.png" not in text and "Claims" not in text
@@ -333,10 +333,11 @@ def test_verdicts_in_the_projects_readme_are_those_of_the_results():
                line.split(" | ")[5].split(";")[0])
               for line in report.page().splitlines() if line.startswith("| ")
               for found in [re.search(rf"\| {number} \| [\d/]+ \|", line)] if found]
-    table = (plan.ROOT / "README.md").read_text().split("| ours | verdict |\n")[1].split("\n\n")[0]
+    text = (plan.ROOT / "README.md").read_text()
+    table = text.split("| ours | n | verdict |\n")[1].split("\n\n")[0]
     checked = 0
     for line in table.splitlines()[1:]:
-        _, _, _, ours, said, _ = line.split("|")
+        _, _, _, ours, _, said, _ = line.split("|")
         stated = re.findall(rf"{number}(\*?)", ours)
         said = said.strip().split("; ")
         said *= len(stated) if len(said) == 1 else 1        # one verdict for all

@@ -27,27 +27,48 @@ def all_equal(rng, shape):
     return np.full(shape, SPREAD)
 
 
+def simulated(spreads, n, n_cells, repeats):
+    """Means and variances (repeats, cells) of independent cells; `n` as in `decided`."""
+    rng = np.random.default_rng(0)
+    df = n - 1.
+    spread = spreads(rng, (repeats, n_cells))
+    mean = spread * rng.standard_normal(spread.shape) / np.sqrt(n)
+    return mean, spread ** 2 * rng.chisquare(df, spread.shape) / df
+
+
+def correlated(correlation, n, n_cells, repeats):
+    """The same for cells whose seeds are correlated, as contrasts of the same encoders are."""
+    rng = np.random.default_rng(0)
+    values = math.sqrt(1 - correlation) * rng.standard_normal((repeats, n, n_cells))
+    values = values + math.sqrt(correlation) * rng.standard_normal((repeats, n, 1))
+    # Contrasts that share an encoder differ a little in spread.
+    values = SPREAD * values * rng.uniform(.8, 1.2, (repeats, 1, n_cells))
+    return values.mean(1), values.var(1, ddof=1)
+
+
+def contrasts(mean, sample, n, pairs):
+    """Value, standard error and degrees of freedom (repeats,) of each pair, as in `decided`."""
+    df = n - 1.
+    prior = verdicts.fit(sample, df)
+    for i, j in pairs:
+        cells = [i] if j is None else [i, j]
+        outlier = verdicts.OUTLIER_ALONE if j is None else verdicts.OUTLIER
+        variance, moderated_df = verdicts.shrink(sample[:, cells], df[cells], prior, outlier)
+        error = np.sqrt((variance / n[cells]).sum(axis=1))
+        value = mean[:, i] - (0. if j is None else mean[:, j])
+        yield value, error, moderated_df.min(axis=1)
+
+
 def decided(spreads, n, pairs, n_cells, repeats, difference=0.):
     """Share of comparisons of two cells of a place that are decided either way.
 
     A pair (i, None) is the contrast of cell i alone, as for paired samples. `n` is one number or
     one for each cell.
     """
-    rng = np.random.default_rng(0)
     n = np.broadcast_to(n, n_cells)
-    df = n - 1.
-    spread = spreads(rng, (repeats, n_cells))
-    mean = spread * rng.standard_normal(spread.shape) / np.sqrt(n)
-    sample = spread ** 2 * rng.chisquare(df, spread.shape) / df
-    prior = verdicts.fit(sample, df)
     rates = []
-    for i, j in pairs:
-        cells = [i] if j is None else [i, j]
-        outlier = verdicts.OUTLIER_ALONE if j is None else verdicts.OUTLIER
-        variance, moderated_df = verdicts.shrink(sample[:, cells], df[cells], prior, outlier)
-        error = np.sqrt((variance / n[cells]).sum(axis=1))
-        value = mean[:, i] - (0. if j is None else mean[:, j]) + difference
-        p = 2 * special.stdtr(moderated_df.min(axis=1), -np.abs(value) / error)
+    for value, error, df in contrasts(*simulated(spreads, n, n_cells, repeats), n, pairs):
+        p = 2 * special.stdtr(df, -np.abs(value + difference) / error)
         rates.append((p < .05).mean())
     return statistics.mean(rates)
 
@@ -100,6 +121,28 @@ def test_power_at_three_seeds():
     assert decided(all_equal, 3, OTHERS, 5, 20000, difference=1.5) >= .8
     assert decided(all_equal, 3, OTHERS, 40, 6000, difference=1.5) >= .82
     assert decided(one_collapsed, 3, OTHERS, 40, 6000, difference=1.5) >= .8
+
+
+@pytest.mark.parametrize("n, one, three", [(2, .11, .002), (3, .38, .06)])
+def test_claims_of_no_difference_are_rarely_shown(n, one, three):
+    """The true difference is 0, the spread .5, in 40 cells: for one contrast, and for three K."""
+    n, pairs = np.broadcast_to(n, 40), [(0, 1), (2, 3), (4, 5)]
+    shown = []
+    for value, error, df in contrasts(*simulated(all_equal, n, 40, 4000), n, pairs):
+        shown.append(np.abs(value) + special.stdtrit(df, .95) * error < verdicts.MARGIN)
+    assert np.mean(shown) == pytest.approx(one, rel=.1)
+    assert np.all(shown, 0).mean() == pytest.approx(three, abs=.01)
+
+
+@pytest.mark.parametrize("correlation, expected", [(0., .05), (.5, .05), (.95, .08), (1., .11)])
+def test_contrasts_of_the_same_encoders_are_decided_too_often(correlation, expected):
+    """Five paired contrasts: the error rates in the module's docstring."""
+    n = np.broadcast_to(3, 5)
+    rates = []
+    for value, error, df in contrasts(*correlated(correlation, 3, 5, 20000), n,
+                                      [(i, None) for i in range(5)]):
+        rates.append((2 * special.stdtr(df, -np.abs(value) / error) < .05).mean())
+    assert np.mean(rates) == pytest.approx(expected, abs=.005)
 
 
 def test_judge_computes_what_the_simulation_does():
