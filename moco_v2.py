@@ -67,7 +67,8 @@ class MoCo(nn.Module):
     def enqueue(self, k, step):
         """Replace the oldest keys of the queue by k (W N, D): first in, first out.
 
-        The position follows from `step`. K need not be a multiple of the batch.
+        The position follows from `step`, so every batch must have the same size. K need not be a
+        multiple of it.
         """
         K, batch = len(self.queue), len(k)
         position = (step * batch + torch.arange(batch, device=k.device)) % K

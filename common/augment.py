@@ -85,10 +85,15 @@ def crop_boxes(height, width, u, area, ratio=(3 / 4, 4 / 3)):
     return np.stack([top, left, h, w], 1).astype(np.int64)
 
 
-def resize(image, size):
-    """Antialiased bilinear resizing: (3, H, W) uint8 -> (3, *size) uint8."""
-    image = image[None].contiguous(memory_format=torch.channels_last)   # fastest in this layout
-    return F.interpolate(image, size=size, mode="bilinear", antialias=True)[0]
+def resize(x, size):
+    """Antialiased bilinear resizing: (3, H, W) or (n, 3, H, W) uint8 -> (..., 3, *size) uint8."""
+    if x.ndim == 3:
+        return resize(x[None], size)[0]
+    x = x.contiguous(memory_format=torch.channels_last)         # fastest in this layout
+    if x.device.type != "cpu":                                  # PyTorch has no uint8 kernel there
+        x = x.float()
+    x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
+    return x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).byte()
 
 
 def _resize_weights(start, length, source, size):

@@ -62,7 +62,7 @@ def save(path, step, settings, state):
     new = path.with_suffix(".tmp")
     try:
         torch.save(content, new)
-        with new.open("rb") as file:
+        with new.open("r+b") as file:                           # Windows cannot sync "rb"
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError on a full disk
         free = shutil.disk_usage(path.parent).free / 2 ** 20
@@ -236,6 +236,9 @@ def _from_elsewhere(saved, path):
     state = state if isinstance(state, dict) else saved
     state = {str(name): tensor for name, tensor in state.items()
              if isinstance(tensor, torch.Tensor)}
+    for name in [*state]:                       # torchvision's files are older than this buffer
+        if name.endswith("running_var"):
+            state.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
     prefix = "module.encoder_q."
     query = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
     state = query or state

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 import os
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ from common import UserError, augment, ddp, textures
 
 EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # PIL would run Ghostscript for EPS
-SMALL = 64                                      # images up to this side (pixels) stay in memory
+SMALL = 64                                      # images up to this side (pixels) stay in memory,
+MAX_BYTES = 2 ** 32                             # if they all take at most this, in each process
 PIECE = 256                                     # images per task of a worker
 MAX_BROKEN = .01                                # share of unreadable images that stops a run
 
@@ -66,9 +68,13 @@ class Data:
 def open_data(path=None):
     """Recognise and print what the folder `path` holds; None stands for the built-in textures.
 
-    Raises UserError, which says what was expected, if it is not a folder of images.
+    Raises UserError, which says what was expected, if it is not a folder of images, or not the same
+    one on all machines.
     """
     dataset = _open(path)
+    if not ddp.all_equal((len(dataset.train), dataset.hash)):
+        raise UserError(f"{path}: the processes find different images there; all machines need "
+                        "the same")
     ddp.say(f"data: {dataset.description}; scale {dataset.scale}")
     return dataset
 
@@ -152,7 +158,8 @@ def _read_files(root, what, splits, classes=None):
         images.append(Images(torch.tensor(labels) if classes else None,
                              files=np.array([os.fsencode(name) for name in files])))
     files, sizes = images[0].files, []
-    digest = hashlib.sha256(b"\n".join(os.path.relpath(name, os.fsencode(root)) for name in files))
+    inside = len(os.path.join(os.fsencode(root), b""))          # os.path.relpath takes much longer
+    digest = hashlib.sha256(b"\n".join(name[inside:] for name in files))
     for i in np.linspace(0, len(files) - 1, min(len(files), 32)).astype(int):
         try:
             digest.update(f" {os.path.getsize(files[i])}".encode())
@@ -162,7 +169,7 @@ def _read_files(root, what, splits, classes=None):
     if not sizes:
         raise UserError(f"{root}: no image can be read; {error}")
     small = np.max(sizes) <= SMALL
-    if small and len(set(sizes)) == 1:
+    if small and len(set(sizes)) == 1 and len(files) * 3 * math.prod(sizes[0]) <= MAX_BYTES:
         images = [_decode(split, sizes[0]) for split in images]
     height, width = np.median(sizes, 0).astype(int)
     count = " + ".join(str(len(split)) for split in images)
@@ -172,13 +179,17 @@ def _read_files(root, what, splits, classes=None):
 
 
 def read_image(name):
-    """A file as RGB (3, H, W) uint8. EXIF rotation and transparency are ignored.
+    """A file as RGB (3, H, W) uint8; of 16 bits, the upper 8. Ignores EXIF rotation, transparency.
 
-    Raises what PIL raises, also for images above 179 million pixels.
+    Raises what PIL raises, also for images above 179 million pixels, and ValueError for more than
+    16 bits.
     """
     with Image.open(os.fsdecode(name), formats=FORMATS) as image:
-        if image.mode.startswith("I;16"):       # convert() would clip 16 bits to 8
+        # convert() would clip more than 8 bits.
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
             image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError("pixels of 32 bits; expected 8 or 16")
         if image.mode != "RGB":                 # convert() always copies
             image = image.convert("RGB")
         return torchvision.transforms.functional.pil_to_tensor(image)
@@ -188,8 +199,11 @@ def _decode(images, size):
     """Files in memory, as images of one size (height, width)."""
     make = functools.partial(_resized, size=size)
     workers = min(default_workers(), len(images) // 1000)       # each takes a while to start
-    read, pixels = zip(*_read(images.files, make, _in_order(images, 500), workers))
-    return Images(images.take(torch.cat(read).numpy()).labels, torch.cat(pixels))
+    pixels, rows = torch.empty(len(images), 3, *size, dtype=torch.uint8), []
+    for read, x in _read(images.files, make, _in_order(images, 500), workers):
+        pixels[len(rows):len(rows) + len(x)] = x                # a copy: x is in shared memory
+        rows += read.tolist()
+    return Images(images.take(np.array(rows)).labels, pixels)
 
 
 def _in_order(images, batch):
@@ -266,8 +280,11 @@ def _resized(image, _, size):
 
 
 def _centre(image, _, size):
-    """For evaluation: short side to size * 8/7 (256 for 224), then the centre (He et al. 2020)."""
-    height, width = image.shape[1:]
+    """For evaluation: short side to size * 8/7 (256 for 224), then the centre (He et al. 2020).
+
+    `image` (3, H, W), or several of one size (n, 3, H, W).
+    """
+    height, width = image.shape[-2:]
     if height == width == size:
         return image
     height, width = min(height, 4 * width), min(width, 4 * height)  # a long strip fills the memory
@@ -277,8 +294,8 @@ def _centre(image, _, size):
 
 
 def _middle(image, height, width):
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-    return image[:, top:top + height, left:left + width]
+    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    return image[..., top:top + height, left:left + width]
 
 
 @functools.lru_cache(maxsize=2)                 # workers may be an epoch ahead
@@ -353,9 +370,8 @@ def whole(images, *, size, batch, device, workers):
     """Yield uint8 batches (n, 3, size, size) on `device` of all images, un-augmented, in order."""
     make = functools.partial(_centre, size=size)
     if images.pixels is not None:
-        for part in images.pixels.to(device).split(batch):
-            same = part.shape[2:] == (size, size)
-            yield part if same else torch.stack([make(image, None) for image in part])
+        for part in images.pixels.split(batch):
+            yield make(part.to(device), None)
         return
     for _, x in _read(images.files, make, _in_order(images, batch), workers, device.type == "cuda"):
         yield x.to(device, non_blocking=True)

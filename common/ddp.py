@@ -19,26 +19,25 @@ from common import UserError
 def init(name=None):
     """Join the process group of torchrun, if there is one. Returns the `torch.device` to use.
 
-    `name` is cuda, cpu or mps (untested); by default cuda if there is a GPU, else cpu. Raises
-    UserError if there is no such device.
+    `name` is cuda or cpu; by default cuda if there is a GPU. Raises UserError if there is no GPU
+    for this process.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is available; expected cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: not available; expected cuda or cpu")
     torch.backends.cudnn.benchmark = True
     backend, device = "gloo", torch.device(name)
     if name == "cpu":
         _keep_freed_memory()
     if name == "cuda":
-        backend, device = "nccl", torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        index, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if index >= gpus:
+            raise UserError(f"more processes than GPUs: expected --nproc_per_node={gpus}, or less")
+        backend, device = "nccl", torch.device(name, index)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         # If a machine is lost, the other processes fail after this time at the latest.
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    if name == "mps":
-        say("note: the device mps is untested")
     return device
 
 
@@ -170,6 +169,14 @@ def mean(x):
 def mean_with_grad(x):
     """Like `mean`, with the gradient of the sum of all losses, as in `all_gather_with_grad`."""
     return _Total.apply(x) / world()
+
+
+def all_equal(value):
+    """Whether all processes have an equal `value`, any object."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values.count(value) == len(values)
 
 
 def any_process(flag, device):

@@ -12,10 +12,11 @@ MAX_BANK_UNLABELLED = 10_000                    # the same without labels
 
 @torch.no_grad()
 def features(encoder, images, *, normalisation, size, device, workers, feature="h",
-             precision="fp32", batch=500, change=None):
+             precision="fp32", batch=None, change=None):
     """Features (n, D) float32 on `device` of all un-augmented images, in order, in eval mode.
 
-    `feature` is named as in `Encoder.embed`. `change`, if given, is applied to the uint8 images
+    `feature` is named as in `Encoder.embed`. `batch` images are read at once, by default 500 small
+    or 100 large ones. `change`, if given, is applied to the uint8 images
     (n, 3, size, size) first. The encoder's training mode is restored. Processes share the work and
     return all rows.
     """
@@ -25,6 +26,7 @@ def features(encoder, images, *, normalisation, size, device, workers, feature="
     longest = -(-len(images) // ddp.world())
     out, done = torch.zeros(longest, encoder.width(feature), device=device), 0
     mine = images.take(ddp.rows(len(images)))
+    batch = batch or (500 if size <= data.SMALL else 100)       # takes less memory than training
     for x in data.whole(mine, size=size, batch=batch, device=device, workers=workers):
         if change:
             x = change(x)
@@ -50,7 +52,8 @@ def knn(bank, bank_labels, queries, query_labels, k=200, temperature=.1):
     for part, labels in zip(unit(queries).split(256), query_labels.split(256)):
         cosine, nearest = (part @ bank.T).topk(k, dim=1)                        # (256, k)
         votes = part.new_zeros(len(part), classes)
-        votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()        # at most 1: no overflow
+        votes.scatter_add_(1, bank_labels[nearest], weights)
         right += (votes.argmax(1) == labels).sum()
     return 100 * right.item() / len(queries)
 
@@ -107,7 +110,8 @@ def uniformity(z):
 
 def effective_rank(h):
     """exp(entropy of the singular values of h (n, D)): 1 to D (Garrido et al. 2023, RankMe)."""
-    values = torch.linalg.eigvalsh(h.double().T @ h.double()).clamp(min=0).sqrt()
+    gram = sum(part.double().T @ part.double() for part in h.split(4096))       # (D, D)
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = values / values.sum()
     return torch.special.entr(share).sum().exp().item()
 

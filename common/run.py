@@ -63,11 +63,15 @@ class Log:
 
 
 def differences(saved, settings):
-    """The settings in which two runs differ, as text; empty if there are none."""
+    """The settings in which two runs differ, as text; empty if there are none.
+
+    Paths may change: `data`, if the images are the same, and `encoder`, if it has a fingerprint.
+    """
+    paths = ("data", "encoder") if "encoder_fingerprint" in settings else ("data",)
     names = ["script"] if saved.get("script") != settings["script"] else {*saved, *settings}
     return "; ".join(f"{name} {saved.get(name)} there, {settings.get(name)} here"
                      for name in sorted(names)
-                     if name != "data" and saved.get(name) != settings.get(name))
+                     if name not in paths and saved.get(name) != settings.get(name))
 
 
 @dataclass
@@ -128,6 +132,9 @@ class Run:
             error = caught
         if ddp.any_process(error is not None, self.device):
             raise error or UserError("see the message of process 0")
+        if ddp.any_process(not appears(self.out), self.device):
+            raise UserError(f"--out {self.out}: other machines do not see this folder; it must be "
+                            "on a disk that all share")
         if ddp.rank() and self.path.exists():
             saved = checkpoint.read(self.path, checkpoint.CONTENT)
         step = saved["step"] if saved else 0
@@ -205,10 +212,12 @@ class Run:
         epoch_ends = self.step % self.steps_per_epoch == 0
         epoch, at_end = self.step // self.steps_per_epoch, self.step == self.total_steps
         due = epoch_ends and (epoch % self.eval_every == 0 or at_end)
-        # Saving takes at most 5 % of the time, and is due after `save_minutes` at the latest.
+        # Saving takes at most 5 % of the time, and is due after `save_minutes` at the latest. The
+        # process that saves decides.
         unsaved = time.time() - self.last_save                  # seconds
         late = unsaved >= 60 * self.save_minutes
         late |= epoch_ends and unsaved >= 20 * self.save_seconds
+        late &= ddp.rank() == 0
         # All processes have the same values here, except for `late` and stop requests. So they ask
         # each other at the same steps.
         ask = epoch_ends or self.step % self.stop_every == 0
@@ -330,6 +339,14 @@ class Run:
             self._draw()
         ddp.close()
         return UNFINISHED if event == "unfinished" else 0
+
+
+def appears(folder, seconds=60):
+    """Whether a folder exists. On network disks, a new one may take some seconds to appear."""
+    end = time.time() + seconds
+    while not folder.is_dir() and time.time() < end:
+        time.sleep(1)
+    return folder.is_dir()
 
 
 def describe(values):

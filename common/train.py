@@ -12,7 +12,7 @@ import torch
 
 from common import UserError, data, ddp, evaluate, model
 
-DEVICES = ("cuda", "cpu", "mps")
+DEVICES = ("cuda", "cpu")
 # Flags that do not change what is computed. All others are settings: they identify a run.
 RUN_FLAGS = ("out", "fresh", "max_steps", "save_minutes", "workers", "compile", "graphs", "device")
 

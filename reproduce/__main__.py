@@ -12,7 +12,6 @@ or killed, the same command continues. A setting that occurs in several tables i
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import shlex
@@ -29,6 +28,11 @@ import torch
 from common import UserError, data, train
 from common.run import UNFINISHED, Log
 from reproduce import plan, report
+
+try:
+    import fcntl
+except ImportError:                             # on Windows
+    fcntl = None
 
 
 def parse(argv):
@@ -87,7 +91,8 @@ def call(commands, log):
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
         for program, *words in commands:
             module = ["-m", "torch.distributed.run"] if program == "torchrun" else []
             code = subprocess.run([sys.executable, *module, *words], cwd=plan.ROOT, stdout=file,
@@ -167,8 +172,12 @@ def execute_all(runs, drawn, place, dataset, jobs):
             keep(name, *runs[name], place, dataset.description)
         print(f"{name}: exit code {code}", flush=True)
 
+    # Detection comes last, because it trains its encoder unless another run has done so.
+    detection = [name for name in missing if runs[name][0] == "voc_detection"]
+    others = [name for name in missing if name not in detection]
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, missing))                            # raises what `one` raises
+        for part in (others, detection):
+            list(pool.map(one, part))                           # raises what `one` raises
     return None if stopped.is_set() else failed
 
 

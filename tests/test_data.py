@@ -188,6 +188,21 @@ def test_a_broken_image_is_named_counted_and_replaced_by_the_next(tmp_path, capf
         batches(images, stop=29)
 
 
+def open_own_folder(folder):
+    """The message with which a process refuses a folder of its own machine."""
+    with pytest.raises(UserError) as error:
+        data.open_data(folder / str(ddp.rank()))
+    (folder / f"{ddp.rank()}.txt").write_text(str(error.value))
+
+
+def test_processes_with_different_images_are_refused(tmp_path):
+    for rank in range(2):
+        write_folder(tmp_path / str(rank), 3 + rank, (70, 80))
+    spawn(open_own_folder, tmp_path)
+    for rank in range(2):
+        assert "the processes find different images" in (tmp_path / f"{rank}.txt").read_text()
+
+
 def test_one_broken_image_is_allowed_in_a_small_folder(tmp_path, capfd):
     root = write_folder(tmp_path, 8, (70, 80))
     (root / "val/dog/1.jpg").write_bytes(b"")
@@ -213,3 +228,6 @@ def test_evaluation_sees_the_centre_of_each_image_once(tmp_path):
     for ours, name in zip(x, images.files):
         theirs = F.pil_to_tensor(F.center_crop(F.resize(Image.open(name), 128), 112))
         assert (ours.int() - theirs.int()).abs().max() <= 2
+    pixels = torch.stack([data.read_image(name) for name in images.files])
+    memory = data.whole(data.Images(pixels=pixels), size=112, batch=3, device=CPU, workers=0)
+    assert torch.equal(torch.cat(list(memory)), x)

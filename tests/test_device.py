@@ -407,11 +407,14 @@ def test_bf16_is_the_default_only_where_the_hardware_has_it(monkeypatch):
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for name in ("cuda", "mps"):
-        with pytest.raises(UserError, match=f"--device {name}: .* expected"):
-            ddp.init(name)
+    with pytest.raises(UserError, match="--device cuda: .* expected cpu"):
+        ddp.init("cuda")
     assert ddp.init("cpu") == ddp.init() == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="more processes than GPUs: expected --nproc_per_node=4"):
+        ddp.init()
 
 
 def end_of_epochs(folder, n=40):

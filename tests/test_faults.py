@@ -5,6 +5,7 @@
 
 import functools
 import io
+import itertools
 import json
 import os
 import pickle
@@ -27,17 +28,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, free_port, image_files, photo, refused, write_folder
+from conftest import ROOT, free_port, image_files, photo, refused, spawn, write_folder
 from PIL import Image
+from test_device import end_of_epochs
 from torch.utils.data import DataLoader
 
 import instdisc
 import linear_probe
 import moco_v2
 import simclr
-from common import UserError, checkpoint, data
+from common import UserError, checkpoint, data, ddp
 from common.model import resnet
-from common.run import Log
+from common.run import Log, differences
 
 TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20",
         "--epochs", "3", "--out", "out")
@@ -177,6 +179,16 @@ def test_a_folder_that_one_process_cannot_see_is_refused(small, tmp_path, inside
     monkeypatch.setattr("common.run.ddp.all_gather", lambda step: torch.cat([step, 0 * step]))
     line = refused(moco_v2, small, *TINY)
     assert "--out out: processes find checkpoints of steps [1, 0] there; it must be on a" in line
+
+
+def test_a_folder_that_does_not_appear_on_another_machine_is_refused(
+        small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begin, now = time.time(), itertools.count()
+    monkeypatch.setattr("common.run.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("common.run.time.time", lambda: begin + 20 * next(now))
+    monkeypatch.setattr("pathlib.Path.is_dir", lambda path: path.name != "out")
+    assert "--out out: other machines do not see this folder" in refused(moco_v2, small, *TINY)
 
 
 RELIABILITY = (ROOT / "docs/reliability.md").read_text()
@@ -371,6 +383,10 @@ def test_images_may_move_but_not_change_in_number(small, tmp_path, inside):
     assert "continuing at step 1 of 15 in out" in out
     next((moved / "train/cat").iterdir()).unlink()
     assert "(images 44 there, 43 here; images_hash " in refused(moco_v2, moved, *TINY)
+    saved = {"script": "linear_probe", "encoder": "a.pt", "encoder_fingerprint": "1"}
+    assert not differences(saved, {**saved, "encoder": "b.pt"})
+    assert differences(saved, {**saved, "encoder_fingerprint": "2"})
+    assert differences({"script": "x", "encoder": "a"}, {"script": "x", "encoder": "b"})
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path, long):
@@ -475,6 +491,9 @@ def test_odd_images_are_read_or_replaced_by_the_next_readable_one(tmp_path):
     assert deep.float().std() > 20 and (grey[0] == grey[1]).all()
     with pytest.raises(Image.DecompressionBombError):
         data.read_image(tmp_path / "odd/bomb.png")
+    Image.fromarray(np.full((8, 8), .5, np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="pixels of 32 bits; expected 8 or 16"):
+        data.read_image(tmp_path / "float.tiff")
 
 
 def mutated(content, rng, header):
@@ -594,6 +613,26 @@ def test_a_checkpoint_of_another_run_is_refused(small, tmp_path, inside):
     argv = [small, "--arch", "resnet10", "--batch-size", "8", "--epochs", "3", "--out", "out"]
     for script, more in ((simclr, []), (instdisc, ["--bn-group", "4"])):
         assert "(script moco_v2 there, " in refused(script, *argv, *more)
+
+
+def count_saves(folder):
+    """Epochs of one empty step, with saving that takes long; a file says how often it was done."""
+    saves, save = [], checkpoint.save
+
+    def slow(*args):
+        time.sleep(.1)
+        save(*args)
+        saves.append(args)
+    checkpoint.save = slow                      # of this process, which ends with the function
+    end_of_epochs(folder, n=10)
+    if ddp.rank() == 0:
+        (folder / "saves").write_text(str(len(saves)))
+
+
+def test_the_process_that_saves_decides_when(tmp_path):
+    """The others do not know how long it takes."""
+    spawn(count_saves, tmp_path)
+    assert (tmp_path / "saves").read_text() in ("1", "2")       # the first epoch's, and the end's
 
 
 # Memory

@@ -133,6 +133,8 @@ def test_probes_pictures_and_detection_run(small, tmp_path):
                    "--feature", "h", "hidden", "z", "--predict", "class", "rotation", "hue",
                    cwd=tmp_path)
     assert "top-1" in found.splitlines()[-1]
+    on_gpu(linear_probe, small, "--quick", "--encoder", "h/checkpoint.pt", "--size", "48",
+           cwd=tmp_path)                        # images in memory are resized on the GPU
     found = on_gpu(linear_probe, small, "--encoder", "h/checkpoint.pt", "--epochs", "2",
                    "--batch-size", "22", cwd=tmp_path)
     assert "top-1" in found
