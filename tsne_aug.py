@@ -44,8 +44,8 @@ def distances(x):
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def affinities(x, perplexity):
-    """Symmetric affinities P (n, n) of x (n, D), with sum 1.
+def conditional(x, perplexity):
+    """Conditional affinities p(j | i) (n, n) of x (n, D), with rows of sum 1.
 
     Each point has a Gaussian neighbourhood. Bisection finds the width that gives it `perplexity`.
     """
@@ -62,7 +62,12 @@ def affinities(x, perplexity):
         low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
         # Double as long as there is no upper bound.
         beta = torch.where(high.isinf(), 2 * beta, (low + high) / 2)
-    P = logp.exp()
+    return logp.exp()
+
+
+def affinities(x, perplexity):
+    """Symmetric affinities P (n, n) of x (n, D), with sum 1."""
+    P = conditional(x, perplexity)
     return (P + P.T) / (2 * len(x))
 
 

@@ -10,11 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
@@ -50,10 +53,11 @@ def run(*argv, cwd, torchrun=0, check=True, **env):
     return done
 
 
-def _enter(rank, world, port, function, args):
+def _enter(rank, world, path, function, args):
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    # By a file instead of a port, which another process could take.
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     ddp.init()
     function(*args)
     ddp.close()
@@ -65,13 +69,30 @@ def free_port():
         return s.getsockname()[1]
 
 
-def spawn(function, *args, world=2):
-    """Call `function(*args)` in `world` gloo processes."""
+def spawn(function, *args, world=2, seconds=240):
+    """Call `function(*args)` in `world` gloo processes; fail if they do not end in time."""
     # Forked from a server that has imported the slow packages once.
     multiprocessing.set_forkserver_preload(["torchvision", "scipy.stats", "matplotlib.figure",
                                             "pytest", *SCRIPTS])
-    mp.start_processes(_enter, (world, free_port(), function, args), nprocs=world,
-                       start_method="forkserver")
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(_enter, (world, f"{folder}/meet", function, args),
+                                     nprocs=world, start_method="forkserver", join=False)
+        end = time.time() + seconds
+        while not context.join(timeout=5):
+            if time.time() > end:
+                for process in context.processes:
+                    process.kill()
+                pytest.fail(f"{function.__name__}: {world} processes hang")
+
+
+def wait_for(condition, job, seconds=90):
+    """Wait until `condition()`, while `job` runs; if it does not come true, show its output."""
+    end = time.time() + seconds
+    while not condition():
+        if time.time() > end or job.poll() is not None:
+            job.kill()
+            pytest.fail(job.communicate()[0][-5000:])
+        time.sleep(.05)
 
 
 def in_two_processes(script, *argv, cwd):

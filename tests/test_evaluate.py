@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import math
 
 import numpy as np
@@ -100,6 +99,9 @@ def test_evaluating_changes_neither_the_encoder_nor_the_random_state():
     found = evaluate.monitor(encoder, without_labels, crops, signals, **OPTIONS)
     assert found == {name: value for name, value in first.items() if name != "knn"}
     assert list(found) == ["alignment", "uniformity", "rank"]
+    z1, z2 = evaluate.views_embedded(encoder, signals(crops, 0))
+    assert found["alignment"] == pytest.approx(evaluate.alignment(z1, z2))
+    assert found["uniformity"] == pytest.approx(evaluate.uniformity(z1))
 
 
 def test_alignment_and_uniformity_are_the_literal_means():
@@ -258,24 +260,12 @@ def test_a_library_error_in_a_notebook_has_the_message_of_the_script(tmp_path):
     assert end.value.code == 1 and err.getvalue() == f"{caught}\n"
 
 
-class Evil:
-    def __reduce__(self):
-        return open, ("evil", "w")
-
-
-def test_a_file_that_would_run_code_runs_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    checkpoint("c.pt", lambda c: c.update(f=Evil()))
-    with pytest.raises(UserError, match="c.pt: refused: reading it would run code ._?io.open."):
-        load_encoder("c.pt")
-    (tmp_path / "text.pt").write_text(json.dumps({}))
+def test_other_files_and_folders_are_refused(tmp_path):
+    (tmp_path / "text.pt").write_text("{}")
     with pytest.raises(UserError, match="text.pt: cannot be read as a checkpoint"):
-        load_encoder("text.pt")
-    with pytest.raises(UserError, match="nothing.pt: no such file"):
-        load_encoder("nothing.pt")
+        load_encoder(tmp_path / "text.pt")
     with pytest.raises(UserError, match="is a folder; expected the checkpoint.pt in it"):
         load_encoder(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.pt", "text.pt"]
 
 
 def test_random_is_the_network_as_constructed():

@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 
 
 def settings(**other):
-    defaults = dict(moco_v2.SCALES["textures"], seed=0, K=24, dim=16, bn_group=4, lr=.03)
+    defaults = dict(moco_v2.SCALES["textures"], seed=0, K=24, dim=16, bn_group=4, lr=.03,
+                    m=.97, temperature=.13)
     return SimpleNamespace(**{**defaults, **other})
 
 
@@ -320,9 +321,62 @@ def resolved(*argv, scale="imagenet"):
     return train.settings(moco_v2.flags(), argv, scale, moco_v2.SCALES, moco_v2.PRESETS)
 
 
-def test_presets_are_the_papers_rows():
-    for table, rows in (("table1", 5), ("table2a", 3), ("table2b", 4), ("table3", 5)):
-        assert len([name for name in moco_v2.PRESETS if name.startswith(table)]) == rows
+def test_presets_change_what_the_papers_rows_change():
+    long, v1 = {"epochs": 200}, dict(stack="moco_v1", head="none", temperature=.07, blur=False)
+    rows = {"table1": {}, "table1a": {"head": "none"}, "table1b": {"head": "fixed"},
+            "table1c": {"head": "deep"}, "table1d": {"head": "narrow"},
+            "table2a-baseline": {}, "table2a-medium": {"crop": (.2, .5)},
+            "table2a-extreme": {"crop": (.02, .1)},
+            "table2b-eighth": {"jitter": .125}, "table2b-quarter": {"jitter": .25},
+            "table2b-half": {}, "table2b-full": {"jitter": 1.},
+            "table3": long, "table3a": {"head": "none", **long},
+            "table3b": {"blur": False, **long}, "table3c": {"schedule": "steps", **long},
+            "table3d": {"m": .5, **long}, "section7": {"m": 0., **long},
+            "moco-v1": {**v1, "schedule": "steps", **long},
+            "fair-cifar10": dict(head="none", crop=(.08, 1.), batch_size=512, bn_group=64, lr=.06)}
+    assert rows.keys() == moco_v2.PRESETS.keys()
+    plain = vars(resolved())
+    for name, expected in rows.items():
+        row = vars(resolved("--preset", name))
+        assert {key: row[key] for key in row if row[key] != plain[key]
+                and key not in ("preset", "out")} == expected, name
+
+
+@pytest.mark.parametrize("module, scale, expected", [
+    (moco_v2, "imagenet", dict(
+        arch="resnet50", size=224, epochs=100, batch_size=256, lr=.03, weight_decay=1e-4, K=65536,
+        m=.999, temperature=.2, head="mlp", dim=128, crop=(.2, 1.), jitter=.5, blur=True,
+        schedule="cosine", bn_group=32, warmup=0, negatives="queue", stack="moco_v2")),
+    (moco_v2, "cifar10", dict(
+        arch="resnet18-3x3", size=32, epochs=200, batch_size=256, lr=.03, weight_decay=5e-4, K=4096,
+        m=.99, temperature=.1, blur=False)),
+    (simclr, "imagenet", dict(
+        arch="resnet50", size=224, epochs=100, batch_size=4096, lr=4.8, weight_decay=1e-4,
+        temperature=.1, layers=2, dim=128, crop=(.08, 1.), jitter=1., blur=True, scaling="sqrt",
+        warmup_epochs=10, stack="simclr", normalisation="unit")),
+    (simclr, "cifar10", dict(
+        arch="resnet18-3x3", size=32, epochs=200, batch_size=512, lr=2., temperature=.5, jitter=.5,
+        blur=False)),
+    (instdisc, "imagenet", dict(
+        arch="resnet50", size=224, epochs=100, batch_size=256, lr=.03, weight_decay=1e-4,
+        temperature=.07, K=4096, bank_momentum=.5, proximal=0., loss="nce", schedule="steps",
+        crop=(.2, 1.), head="none", dim=128, stack="moco_v1")),
+    (instdisc, "cifar10", dict(
+        arch="resnet18-3x3", size=32, epochs=200, batch_size=128, lr=.03, weight_decay=5e-4,
+        temperature=.1, stack="instdisc_cifar10"))])
+def test_scales_are_the_released_settings(module, scale, expected):
+    found = vars(train.settings(module.flags(), [], scale, module.SCALES, module.PRESETS))
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_the_stem_for_small_images_keeps_their_size():
+    f, x = resnet("resnet10-3x3").eval(), torch.randn(1, 3, 32, 32)
+    x = f.maxpool(f.conv1(x))
+    assert x.shape == (1, 64, 32, 32)
+    assert f.layer4(f.layer3(f.layer2(f.layer1(x)))).shape == (1, 512, 4, 4)
+
+
+def test_lengths_and_folders_of_presets():
     s = resolved("--preset", "table3", "--K", 512)
     assert (s.epochs, s.K, s.head, s.m) == (200, 512, "mlp", .999)
     assert s.out == "runs/moco_v2-imagenet-table3-K=512"
@@ -338,10 +392,11 @@ def test_presets_are_the_papers_rows():
     assert (s.head, s.epochs, s.batch_size // s.bn_group) == ("none", 200, 8)
 
 
-def test_every_option_of_a_preset_is_a_setting():
-    known = set(moco_v2.SCALES["imagenet"])
-    for name, row in moco_v2.PRESETS.items():
-        assert set(row) - {"long"} <= known, name
+@pytest.mark.parametrize("module", [moco_v2, simclr, instdisc, linear_probe])
+def test_every_option_of_a_preset_is_a_setting(module):
+    known = {**module.SCALES["imagenet"], **getattr(module, "SUPERVISED", {}).get("imagenet", {})}
+    for name, row in module.PRESETS.items():
+        assert set(row) - {"long"} <= set(known), name
 
 
 def test_flags_override_presets_which_override_scales():
@@ -392,6 +447,7 @@ def test_only_settings_identify_a_run(capsys):
         return run.differences(there, here)
     plain = resolved("images", "--out", "a")
     moved = resolved("elsewhere", "--out", "b", "--workers", 7, "--compile", "--fresh",
+                     "--no-graphs", "--device", "cpu",
                      "--max-steps", 3, "--save-minutes", 1)
     assert differences(plain, moved) == ""
     other = resolved("images", "--out", "a", "--seed", 1, "--m", ".5")

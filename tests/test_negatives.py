@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import close, spawn
 from scipy.stats import kstest, skewnorm
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 import instdisc
 import moco_v2
@@ -367,7 +368,13 @@ def test_simclrs_encoder_is_read_back_with_its_own_normalisation(tmp_path):
     assert back.width("z") == 128 and back.width("hidden") == 512
     x = torch.rand(2, 3, 32, 32)
     for feature in ("h", "hidden", "z"):
-        assert torch.equal(back.eval().embed(x, feature), encoder.eval().embed(x, feature))
+        found, expected = (network.eval().embed(x, feature) for network in (back, encoder))
+        assert torch.allclose(found, expected, atol=1e-6)
+    # Residual branches begin at zero.
+    assert all(block.bn2.weight.abs().max() == 0 for block in encoder.f.modules()
+               if isinstance(block, BasicBlock))
+    bottleneck = simclr.build(simclr_settings(arch="resnet50"), CPU)[0].f.layer1[0]
+    assert bottleneck.bn3.weight.abs().max() == 0 and bottleneck.bn2.weight.min() == 1
     assert torch.equal(back.embed(x, "hidden"), F.relu(back.g[1](back.g[0](back.f(x)))))
     pixels = (x * 255).to(torch.uint8)
     found = evaluate.features(back, data.Images(pixels=pixels), normalisation="unit", size=32,

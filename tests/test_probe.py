@@ -73,6 +73,26 @@ def test_a_probe_runs_reports_and_continues(made, inside):
     assert "note: fewer images than --batch-size: batch size 44, learning rate 5.15625" in out
 
 
+def test_classes_that_differ_are_told_apart(tmp_path, inside):
+    """Dark and bright images, by the probe, the quick probe, kNN and a supervised network."""
+    for split in ("train", "val"):
+        for low, name in ((0, "dark"), (200, "bright")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(20):
+                rng = np.random.default_rng([low, i])
+                pixels = rng.integers(low, low + 50, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / f"images/{split}/{name}/{i}.png")
+    argv = ["images", "--arch", "resnet10"]
+    train_all = ["--train", "all", "--bn-group", "10", "--lr", ".01"]
+    for how in (["--encoder", "random", "--lr", "1"], train_all):
+        inside(linear_probe, *argv, *how, "--batch-size", 20, "--epochs", 5, "--out", how[1],
+               cwd=tmp_path)
+        assert json.loads((tmp_path / how[1] / "result.json").read_text())["top1"] == 100
+    inside(linear_probe, *argv, "--encoder", "random", "--quick", "--out", "quick", cwd=tmp_path)
+    found = json.loads((tmp_path / "quick/quick-h.json").read_text())
+    assert found["top1"] == found["knn"] == 100
+
+
 def test_the_probe_is_sgd_at_lr_30_divided_by_10_at_60_and_80_epochs():
     s = linear_probe.SCALES["imagenet"]
     assert (s["base_lr"], s["batch_size"], s["epochs"], s["weight_decay"]) == (30, 256, 100, 0)

@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import benchmark
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 import torch
 import torchvision
 from conftest import (ROOT, entries, image_files, in_two_processes, photo, refused, run, same,
-                      signal_handlers_restored, write_folder)
+                      signal_handlers_restored, wait_for, write_folder)
 from PIL import Image
 
 import dip_inversion
@@ -24,7 +24,7 @@ import linear_probe
 import moco_v2
 import simclr
 import tsne_aug
-from common import UserError, train
+from common import UserError, augment, data, train
 from common.model import resnet
 from common.run import Run
 from reproduce import __main__ as reproduce
@@ -32,6 +32,7 @@ from reproduce import figure5, plan, voc_detection
 
 TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20",
         "--epochs", "3", "--out", "out")
+CPU = torch.device("cpu")
 ONE = {"OMP_NUM_THREADS": "1"}          # runs are bit-identical with the same number of threads
 
 
@@ -69,14 +70,20 @@ def test_from_images_to_accuracy_and_again(small, tmp_path, inside):
     assert "random (resnet10), h" in probe[-4] and "out/checkpoint.pt, h" in probe[-3]
 
 
-def test_curves_are_drawn_during_a_run_and_at_its_end(small, tmp_path, inside, monkeypatch):
-    drawn, draw = [], Run._draw
-    monkeypatch.setattr(Run, "_draw", lambda self: (drawn.append(self.step), draw(self)))
-    inside(moco_v2, small, *TINY, cwd=tmp_path)
-    assert drawn == [15]                        # a short run
-    monkeypatch.setattr("common.run.DRAW_EVERY", 0)
-    inside(moco_v2, small, *TINY, "--fresh", cwd=tmp_path)
-    assert drawn == [15, 0, 5, 10, 15, 15]
+def test_curves_are_drawn_during_a_run_and_at_its_end(tmp_path, monkeypatch):
+    """After evaluations, but not more often than every DRAW_EVERY seconds."""
+    for every, early in ((60, False), (0, True)):
+        monkeypatch.setattr("common.run.DRAW_EVERY", every)
+        module = torch.nn.Linear(2, 2)
+        with signal_handlers_restored():
+            run = Run({"f": module, "optimizer": torch.optim.SGD(module.parameters(), .1)},
+                      out=tmp_path / str(every), settings={"script": "test", "batch_size": 1},
+                      total_steps=2, steps_per_epoch=1, device=CPU, evaluate=lambda: {"knn": 1.})
+            for (step,) in run.steps(zip(range(2))):
+                run.log(torch.zeros(()), lr=.1)
+                assert step == 0 or (run.out / "curves.png").exists() == early
+            run.close()
+        assert (run.out / "curves.png").exists()
 
 
 def test_f_loads_into_a_plain_torchvision_resnet50(small, tmp_path, inside):
@@ -99,17 +106,32 @@ def test_f_loads_into_a_plain_torchvision_resnet50(small, tmp_path, inside):
     assert linear_probe.newest_checkpoint() == path
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_finishes_the_step_and_exits_with_75(tmp_path, number):
-    """Also if it reaches the processes that read images, as when torchrun stops a script."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_finishes_the_step_and_exits_with_75(small, tmp_path, monkeypatch, number):
+    train_step = moco_v2.train_step
+
+    def with_a_signal(*args):
+        if args[5] == 6:
+            signal.raise_signal(number)
+        return train_step(*args)
+    monkeypatch.setattr(moco_v2, "train_step", with_a_signal)
+    monkeypatch.chdir(tmp_path)
+    with signal_handlers_restored():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)            # it is ignored under nohup
+        assert moco_v2.main([str(small), *TINY]) == 75
+    assert load("out/checkpoint.pt")["step"] == 7
+    assert [entry["step"] for entry in entries(tmp_path / "out", "unfinished")] == [7]
+
+
+def test_a_signal_may_reach_the_processes_that_read_images(tmp_path):
+    """As when torchrun stops a script."""
     folder = write_folder(tmp_path / "photos", 12, (70, 90))
     argv = [sys.executable, ROOT / "moco_v2.py", folder, *TINY, "--size", "32", "--workers", "2",
             "--epochs", "2000"]
     process = subprocess.Popen(list(map(str, argv)), cwd=tmp_path, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    while not (tmp_path / "out/checkpoint.pt").exists():
-        time.sleep(.02)
-    os.killpg(process.pid, number)
+    wait_for((tmp_path / "out/checkpoint.pt").exists, process)
+    os.killpg(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
     step = load(tmp_path / "out/checkpoint.pt")["step"]
@@ -261,13 +283,81 @@ def test_images_without_labels_are_trained_on_and_not_probed(tmp_path, inside):
                                           "out/checkpoint.pt")
 
 
-@pytest.mark.parametrize("row", ["moco-v1", "table1b", "table2a-extreme", "section7",
-                                 "fair-cifar10"])
-def test_a_row_trains_with_its_settings(small, tmp_path, inside, row):
-    inside(moco_v2, small, *TINY, "--preset", row, "--max-steps", "1", cwd=tmp_path)
-    saved, preset = load(tmp_path / "out/checkpoint.pt")["settings"], moco_v2.PRESETS[row]
-    for key in set(preset) & {"head", "stack", "temperature", "schedule", "crop", "m"}:
-        assert tuple(np.atleast_1d(saved[key])) == tuple(np.atleast_1d(preset[key])), key
+WIRED = ("--arch", "resnet10", "--batch-size", "8", "--lr", ".1", "--seed", "1", "--max-steps",
+         "3", "--n-evals", "1", "--out", "out")
+
+
+def crops(images, n_views, step, area=(.2, 1.)):
+    """What the scripts read at a step of WIRED: uint8 views (V, 8, 3, 32, 32), indices (8,)."""
+    [(_, x, index)] = data.views(images, n_views, size=32, area=area, batch=8, seed=1, start=step,
+                                 stop=step + 1, device=CPU, workers=0)
+    return x, index
+
+
+@pytest.mark.parametrize("row, more, stack, jitter", [
+    ("table1", ["--negatives", "hard"], "moco_v2", (.4, .4, .4, .1)),
+    ("table2b-full", ["--precision", "bf16"], "moco_v2", (.8, .8, .8, .2)),
+    ("moco-v1", [], "moco_v1", (.4,) * 4)])
+def test_the_step_of_moco_gets_its_views_learning_rate_and_ranks(
+        small, tmp_path, inside, monkeypatch, row, more, stack, jitter):
+    images, rates, train_step = data.open_data(small).train, [], moco_v2.train_step
+
+    def checked(moco, optimizer, x1, x2, permutation, step, ranks):
+        x, _ = crops(images, 2, step)
+        expected = augment.Augment(stack, jitter, False, "cifar10", seed=1)(x, step)
+        for view, own in zip((x1, x2[permutation.argsort()]), expected):
+            torch.testing.assert_close(view, own, rtol=0, atol=1e-4)
+        assert (ranks is None) == (row != "table1")
+        rates.append(optimizer.param_groups[0]["lr"])
+        return train_step(moco, optimizer, x1, x2, permutation, step, ranks)
+    monkeypatch.setattr(moco_v2, "train_step", checked)
+    inside(moco_v2, small, *WIRED, "--preset", row, "--bn-group", "4", "--K", "20", "--epochs", "1",
+           "--warmup", "4", *more, cwd=tmp_path)
+    assert rates == pytest.approx([.02, .04, .06])
+
+
+def test_the_step_of_simclr_gets_its_views_learning_rate_and_temperature(
+        small, tmp_path, inside, monkeypatch):
+    images, rates, train_step = data.open_data(small).train, [], simclr.train_step
+
+    def checked(embed, optimizer, x1, x2, temperature):
+        x, _ = crops(images, 2, len(rates), (.08, 1.))
+        module = augment.Augment("simclr", (.4, .4, .4, .1), False, "unit", seed=1)
+        for view, own in zip((x1, x2), module(x, len(rates))):
+            torch.testing.assert_close(view, own, rtol=0, atol=1e-4)
+        assert temperature == .13
+        rates.append(optimizer.param_groups[0]["lr"])
+        return train_step(embed, optimizer, x1, x2, temperature)
+    monkeypatch.setattr(simclr, "train_step", checked)
+    inside(simclr, small, *WIRED, "--epochs", "4", "--temperature", ".13", cwd=tmp_path)
+    assert rates == pytest.approx([0, .1 / 11, .2 / 11])        # half of the 22 steps is warm-up
+
+
+def test_the_step_of_instdisc_gets_its_view_slots_and_weights(
+        small, tmp_path, inside, monkeypatch):
+    images, rates, train_step = data.open_data(small).train, [], instdisc.train_step
+
+    def checked(embed, memory, Z, optimizer, x, index, drawn, step, loss_of, *weights):
+        [pixels], own = crops(images, 1, step)
+        module = augment.Augment("instdisc_cifar10", (.4,) * 4, normalisation="cifar10", seed=1)
+        torch.testing.assert_close(x, module(pixels[None], step)[0], rtol=0, atol=1e-4)
+        assert torch.equal(index, own)
+        assert torch.equal(drawn, instdisc.draw_negatives(44, 20, 8, 1, step, CPU))
+        assert loss_of is instdisc.infonce_loss and weights == (.13, .3, .7)
+        rates.append(optimizer.param_groups[0]["lr"])
+        return train_step(embed, memory, Z, optimizer, x, index, drawn, step, loss_of, *weights)
+    monkeypatch.setattr(instdisc, "train_step", checked)
+    inside(instdisc, small, *WIRED, "--bn-group", "4", "--K", "20", "--epochs", "1", "--warmup",
+           "4", "--loss", "infonce", "--temperature", ".13", "--bank-momentum", ".3",
+           "--proximal", ".7", cwd=tmp_path)
+    assert rates == pytest.approx([.02, .04, .06])
+
+
+def test_the_precision_is_that_of_the_flag():
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        args = SimpleNamespace(precision=precision, compile=False, graphs=False)
+        embed = train.embedder(torch.nn.Linear(4, 4), args, CPU)
+        assert embed(torch.zeros(1, 4)).dtype == dtype
 
 
 def bad(tmp_path, small):

@@ -1,6 +1,7 @@
 """Detection: the metric, the network in one process and two, VOC's files, runs, bad input."""
 
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -211,6 +212,62 @@ def test_every_parameter_gets_a_gradient():
         assert p.grad.norm() > 0 or name.endswith("conv.bias"), name
 
 
+def test_losses_are_those_of_detectron2():
+    """Against loops: L1 for boxes; the class and the box of a proposal are those of its label."""
+    torch.manual_seed(1)
+    network = detector(dtype=torch.float64)
+    rpn, heads = network.rpn, network.roi_heads
+    rpn.fg_bg_sampler.keys = [(0, 0, 0), (0, 0, 1)]
+    labels = [torch.randint(-1, 2, (60,)).double() for _ in range(2)]
+    wanted = [torch.randn(60, 4).double() for _ in range(2)]
+    objectness, deltas = torch.randn(120, 1).double(), torch.randn(120, 4).double()
+    positive, negative = map(torch.cat, rpn.fg_bg_sampler(labels))
+    expected = [0., 0.]
+    for i in range(120):
+        if positive[i] or negative[i]:
+            sign = -1 if positive[i] else 1
+            expected[0] += math.log1p(math.exp(sign * objectness[i])) / 64      # 2 x 32 anchors
+        if positive[i]:
+            expected[1] += (deltas[i] - torch.cat(wanted)[i]).abs().sum().item() / 64
+    found = rpn.compute_loss(objectness, deltas, labels, wanted)
+    assert [loss.item() for loss in found] == pytest.approx(expected)
+
+    proposals = [torch.tensor([[0., 0., 60., 60.], [10., 10., 50., 40.]]).double()] * 2
+    labels, wanted = [torch.tensor([1, 0]), torch.tensor([3, 0])], torch.randn(2, 2, 4).double()
+    heads.select_training_samples = lambda *_: (proposals, None, labels, list(wanted))
+    x = torch.randn(2, 256, 6, 6).double()
+    _, found = heads({"0": x}, proposals, [(96, 96)] * 2, targets=[])
+    logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(x, proposals)))
+    expected = [0., 0.]
+    for i, (label, own) in enumerate(zip(torch.cat(labels).tolist(), wanted.flatten(0, 1))):
+        expected[0] -= logits[i].log_softmax(0)[label].item() / 4
+        if label:
+            expected[1] += (deltas[i, 4 * label:4 * label + 4] - own).abs().sum().item() / 4
+    assert [found["class"].item(), found["box"].item()] == pytest.approx(expected)
+
+
+class Perfect(torch.nn.Module):
+    """A detector that finds the objects of `split`, image by image, in the resized image."""
+
+    def __init__(self, split):
+        super().__init__()
+        self.objects = zip(split.objects, split.sizes)
+
+    def forward(self, x, sizes):
+        found = []
+        for size, (objects, (height, width)) in zip(sizes, self.objects):
+            factor = torch.tensor([size[1] / width, size[0] / height] * 2)
+            found.append({"boxes": objects[:, :4] * factor, "labels": objects[:, 4].long(),
+                          "scores": torch.ones(len(objects))})
+        return found
+
+
+def test_detections_are_in_pixels_of_the_original_image():
+    split = mixed_split()
+    found = script.detect(Perfect(split), split, arguments(test_side=96), CPU)
+    assert voc.voc_ap(found, split.rows(), 10)[0]["AP"] == pytest.approx(100)
+
+
 def test_draws_depend_on_seed_step_and_image_only():
     sampler = script.Sampler("anchors", 8, .5)
     labels = [torch.arange(100) % 3 - 1, torch.arange(100) % 2]
@@ -403,10 +460,10 @@ def everything(folder, devkit):
 def one_and_two(tmp_path_factory):
     """Two folders: that of one process, and that of two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    devkit, before = write_voc(one), script.SCALES["voc"]
-    with signal_handlers_restored():
+    devkit = write_voc(one)
+    with signal_handlers_restored(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(script.SCALES, "voc", None)               # `everything` sets it
         everything(one, devkit)
-    script.SCALES["voc"] = before
     spawn(everything, two, devkit)
     return one, two
 
