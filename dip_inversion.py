@@ -177,7 +177,7 @@ def structure(x, y, flat=.02):
     def deviation(v):
         return (local_mean(v * v) - local_mean(v) ** 2).clamp(min=0).sqrt()
 
-    x, y = augment.grayscale(x)[:, :1], augment.grayscale(y)[:, :1]             # (n, 1, S, S)
+    x, y = augment.grayscale(x), augment.grayscale(y)           # (n, 1, S, S)
     covariance = local_mean(x * y) - local_mean(x) * local_mean(y)
     correlation = (covariance + flat ** 2) / (deviation(x) * deviation(y) + flat ** 2)
     return correlation.mean((1, 2, 3))

@@ -203,9 +203,7 @@ def main(argv=None):
     batches = train.views(args, dataset.train, 1, run, device)
     n_draws = 0 if args.loss == "softmax" else args.K           # softmax needs no draws
     for step, x, index in run.steps(batches):
-        draws = ddp.send({**augmentation.draw(step, args.batch_size), "index": index}, device)
-        index = draws.pop("index")
-        x, = augmentation.transform_views(x, draws)             # (N, 3, H, W)
+        x, = augmentation(x, step)                              # (N, 3, H, W)
         drawn = draw_negatives(n, n_draws, args.batch_size, args.seed, step, device)
         lr = train.set_lr(optimizer, learning_rate(step))
         loss = train_step(embed, memory, Z, optimizer, x, index, drawn, step, LOSSES[args.loss],

@@ -100,13 +100,10 @@ def sobel(x):
     return F.conv2d(padded, weight).norm(dim=1).view(x.shape).round().clamp(0, 255).byte()
 
 
-def rotate(x, quarter_turns):
-    return x.rot90(quarter_turns, (2, 3))
-
-
 # The variants of each image that a probe must tell apart; None is the image itself.
-VARIANTS = {"rotation": (None, *(functools.partial(rotate, quarter_turns=k) for k in (1, 2, 3))),
-            "grey": (None, grey), "noise": (None, noise), "sobel": (None, sobel)}
+TURNS = [functools.partial(torch.rot90, k=quarters, dims=(2, 3)) for quarters in (1, 2, 3)]
+VARIANTS = {"rotation": (None, *TURNS), "grey": (None, grey), "noise": (None, noise),
+            "sobel": (None, sobel)}
 MAX_IMAGES = 5000                               # per split, training or test
 MAX_QUICK = 200_000                             # training images of the quick probe of the class
 
@@ -419,9 +416,7 @@ def main(argv=None):
     for step, x, index in run.steps(batches):
         done = step % steps_per_epoch * args.batch_size
         batch = min(args.batch_size, args.images - done)        # the last batch may be smaller
-        draws = ddp.send({**augmentation.draw(step, batch), "index": index}, device)
-        index = draws.pop("index")
-        x, = augmentation.transform_views(x, draws)             # (N, 3, H, W)
+        x, = augmentation(x, step, batch)                       # (N, 3, H, W)
         lr = train.set_lr(optimizer, learning_rate(step))
         loss = train_step(logits_of, optimizer, x, labels[index], batch)
         run.log(loss, lr=lr)

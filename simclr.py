@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from common import UserError, augment, data, ddp, train
+from common.layers import GlobalBatchNorm
 from common.loss import info_nce, unit
 from common.model import Encoder, resnet
 from common.run import Run
@@ -121,31 +122,6 @@ def set_bn_momentum(encoder, momentum):
 
 def running_statistics(encoder):
     return [s for norm in batch_norms(encoder) for s in (norm.running_mean, norm.running_var)]
-
-
-class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation over the images of all processes; x is (N, C) or (N, C, H, W).
-
-    Like nn.SyncBatchNorm, which runs on GPUs only: mean and variance are averaged over processes.
-    """
-
-    def _check_input_dim(self, x):
-        pass
-
-    def forward(self, x):
-        if not self.training or ddp.world() == 1:
-            return super().forward(x)
-        dims, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
-        wide, count = x.to(self.running_mean.dtype), x.numel() // x.shape[1] * ddp.world()
-        mean = ddp.mean_with_grad(wide.mean(dims))
-        centred = wide - mean.view(shape)
-        variance = ddp.mean_with_grad(centred.square().mean(dims))
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked.add_(1)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
 def head(layers, width, dim, norm):
@@ -257,17 +233,14 @@ def check(args):
 
 def n_parts(args):
     """The number of chunks of a batch."""
-    return math.ceil(args.batch_size / min(args.chunk, args.batch_size))
+    return math.ceil(args.batch_size / args.chunk)
 
 
 def build(args, device):
     """The encoder and its optimizer, initialised from the seed."""
     torch.manual_seed(args.seed)
     norm = nn.SyncBatchNorm if device.type == "cuda" else GlobalBatchNorm
-    f = resnet(args.arch, norm=norm)
-    for name, parameter in f.named_parameters():                # residual branches begin at zero
-        if name.endswith("bn3.weight" if hasattr(f.layer1[0], "bn3") else "bn2.weight"):
-            nn.init.zeros_(parameter)
+    f = resnet(args.arch, norm=norm, zero_init_residual=True)
     encoder = Encoder(f, head(args.layers, f.width, args.dim, norm))
     encoder.to(device, memory_format=torch.channels_last)
     trained = [p for p in encoder.parameters() if p.requires_grad]
@@ -296,17 +269,15 @@ def main(argv=None):
     batches = train.views(args, dataset.train, 2, run, device)
     batch, mine = args.batch_size, np.arange(args.batch_size)[ddp.rows(args.batch_size)]
 
-    def augment_part(x, step, part=slice(None)):
-        """Two views of this process's images `part`, (n, 3, H, W) each."""
-        draws = augmentation.draw(step, batch, views=2, rows=[mine[part]] * 2)
-        return augmentation.transform_views(x[:, part], ddp.send(draws, device))
-
     def plain(x, step):
-        return train_step(embed, optimizer, *augment_part(x, step), args.temperature)
+        return train_step(embed, optimizer, *augmentation(x, step), args.temperature)
 
     def chunked(x, step):
-        return chunked_step(encoder, embed, no_sync, optimizer,
-                            lambda part: augment_part(x, step, part), x.shape[1], n_parts(args),
+        def views(part):
+            """Two views of this process's images `part`, (n, 3, H, W) each."""
+            draws = augmentation.draw(step, batch, views=2, rows=[mine[part]] * 2)
+            return augmentation.transform_views(x[:, part], ddp.send(draws, device))
+        return chunked_step(encoder, embed, no_sync, optimizer, views, x.shape[1], n_parts(args),
                             args.temperature)
 
     take_step = chunked if args.chunk else plain

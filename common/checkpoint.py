@@ -86,7 +86,7 @@ def newest(path):
     for where in (path, path.with_name("previous.pt")):
         try:
             if where.exists():
-                return read(where, CONTENT), where, damage
+                return read(where), where, damage
         except Damaged as error:
             damage = damage or error
     if damage:
@@ -94,7 +94,7 @@ def newest(path):
     return None, None, None
 
 
-def read(path, content):
+def read(path, content=CONTENT):
     """A checkpoint as a dict, on the CPU, without running any code that it may contain.
 
     Raises UserError if the file is missing, would run code, or lacks an entry of `content`

@@ -321,9 +321,9 @@ def views(images, n_views, *, size, area, batch, seed, start, stop, device, work
     """Yield `(step, x, index)` for the steps from `start` to `stop`: random crops of images.
 
     `x` (V, N, 3, size, size) uint8 on `device`: V crops, of `area` (lo, hi), of each image in this
-    process's part of the global batch. `index` (N,) int64 on the CPU: which images they are. Images
-    and crops depend only on (seed, step). An unreadable image is reported and replaced by the next;
-    raises UserError if more than 1 % are unreadable.
+    process's part of the global batch. `index` (N,) int64 on `device`: which images they are.
+    Images and crops depend only on (seed, step). An unreadable image is reported and replaced by
+    the next; raises UserError if more than 1 % are unreadable.
     """
     def parts():
         """This process's part of each global batch: indices (N,), uniform numbers (N, V, 22)."""
@@ -338,7 +338,7 @@ def views(images, n_views, *, size, area, batch, seed, start, stop, device, work
     if images.pixels is not None:
         pixels = images.pixels.to(device)
         for step, (index, u) in enumerate(parts(), start):
-            yield step, _crops_in_memory(pixels, index, u, size, area), torch.from_numpy(index)
+            yield step, *_crops_in_memory(pixels, index, u, size, area)
         return
     batches, planned = itertools.tee(parts())
     # Batches are split into tasks, so that all workers share a large one.
@@ -349,21 +349,21 @@ def views(images, n_views, *, size, area, batch, seed, start, stop, device, work
     # A part without images has no tasks.
     empty = torch.empty(0, dtype=torch.int64), torch.empty(0, n_views, 3, size, size).byte()
     for step, (index, _) in enumerate(planned, start):
-        n_pieces = steps_per_epoch(len(index), PIECE, drop_last=False)
-        read, crops = zip(empty, *itertools.islice(pieces, n_pieces))
-        x = torch.cat([part.to(device, non_blocking=True) for part in crops])
-        yield step, x.transpose(0, 1), torch.cat(read)
+        n_pieces = math.ceil(len(index) / PIECE)
+        read, x = (torch.cat([part.to(device, non_blocking=True) for part in parts])
+                   for parts in zip(empty, *itertools.islice(pieces, n_pieces)))
+        yield step, x.transpose(0, 1), read
 
 
 def _crops_in_memory(pixels, index, u, size, area):
-    """(V, N, 3, size, size) uint8: a crop for each of the numbers u (N, V, 22)."""
+    """A crop for each of the numbers u (N, V, 22): uint8 (V, N, 3, size, size), and the index."""
     n_views = u.shape[1]
     boxes = augment.crop_boxes(*pixels.shape[2:], np.concatenate(u.transpose(1, 0, 2)), area)
     chosen = torch.from_numpy(index).repeat(n_views)
     sent = ddp.send({"boxes": torch.from_numpy(boxes), "chosen": chosen}, pixels.device)
     parts = zip(sent["chosen"].split(8 * PIECE), sent["boxes"].split(8 * PIECE))
     x = torch.cat([augment.crop_resize(pixels[i], box, size) for i, box in parts])
-    return x.unflatten(0, (n_views, -1))
+    return x.unflatten(0, (n_views, -1)), sent["chosen"][:len(index)]
 
 
 def whole(images, *, size, batch, device, workers):

@@ -166,11 +166,6 @@ def mean(x):
     return total(x) / world()
 
 
-def mean_with_grad(x):
-    """Like `mean`, with the gradient of the sum of all losses, as in `all_gather_with_grad`."""
-    return _Total.apply(x) / world()
-
-
 def all_equal(value):
     """Whether all processes have an equal `value`, any object."""
     values = [value] * world()

@@ -23,21 +23,19 @@ def features(encoder, images, *, normalisation, size, device, workers, feature="
     training = encoder.training
     encoder.eval()
     normalise = augment.Augment("none", normalisation=normalisation).to(device)
-    longest = -(-len(images) // ddp.world())
-    out, done = torch.zeros(longest, encoder.width(feature), device=device), 0
-    mine = images.take(ddp.rows(len(images)))
+    most, mine = -(-len(images) // ddp.world()), slice(ddp.rank(), None, ddp.world())
+    out, done = torch.zeros(most, encoder.width(feature), device=device), 0
     batch = batch or (500 if size <= data.SMALL else 100)       # takes less memory than training
-    for x in data.whole(mine, size=size, batch=batch, device=device, workers=workers):
+    for x in data.whole(images.take(mine), size=size, batch=batch, device=device, workers=workers):
         if change:
             x = change(x)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             out[done:done + len(x)] = encoder.embed(normalise.transform(x, {}), feature)
         done += len(x)
     encoder.train(training)
-    # Parts of processes differ by at most one row: gather padded parts and cut.
-    edges = [len(images) * rank // ddp.world() for rank in range(ddp.world() + 1)]
-    parts = ddp.all_gather(out).split(longest)
-    return torch.cat([part[:b - a] for part, a, b in zip(parts, edges, edges[1:])])
+    # Row j of process r belongs to image W j + r; the last row may be padding.
+    found = ddp.all_gather(out).unflatten(0, (ddp.world(), most)).transpose(0, 1)
+    return found.flatten(0, 1)[:len(images)]
 
 
 @torch.no_grad()
@@ -63,6 +61,7 @@ def n_classes(labels):
     return int(labels.max()) + 1
 
 
+@torch.no_grad()
 def monitor(encoder, dataset, crops, augmentation, **options):
     """How good the features are, as a dict: `knn` (with labels only) and three label-free signals.
 
@@ -76,19 +75,12 @@ def monitor(encoder, dataset, crops, augmentation, **options):
     if dataset.test:
         queries = thin(dataset.test, MAX_BANK // 10)
         found["knn"] = knn(h, bank.labels, features(encoder, queries, **options), queries.labels)
-    z1, z2 = views_embedded(encoder, augmentation(crops, 0))
-    return {**found, "alignment": alignment(z1, z2), "uniformity": uniformity(z1),
-            "rank": effective_rank(h)}
-
-
-@torch.no_grad()
-def views_embedded(encoder, views):
-    """z (W n, D) of each of `views` (n, 3, H, W) of all processes, in eval mode."""
     training = encoder.training
     encoder.eval()
-    z = [ddp.all_gather(encoder.embed(x, "z").float()) for x in views]
+    z1, z2 = (ddp.all_gather(encoder.embed(x, "z").float()) for x in augmentation(crops, 0))
     encoder.train(training)
-    return z
+    return {**found, "alignment": alignment(z1, z2), "uniformity": uniformity(z1),
+            "rank": effective_rank(h)}
 
 
 def alignment(z1, z2):
@@ -139,12 +131,10 @@ def quick_probe(train, labels, test, test_labels, seed=0, copies=1):
     order = torch.from_numpy(augment.generator("held out", seed).permutation(n)).to(train.device)
     first = n * torch.arange(copies, device=train.device)[:, None]
     held, fit = ((first + part).flatten() for part in (order[:n // 10], order[n // 10:]))
-    x, y, held_out, weights = train[fit], labels[fit], {}, {None: None}
-    penalty = None
-    for next_penalty in (1., .1, .01, 1e-3, 1e-4):              # each starts from the last solution
-        weights[next_penalty] = _logistic(x, y, classes, next_penalty, variance, weights[penalty])
-        penalty = next_penalty
-        held_out[penalty] = _accuracy(train[held], labels[held], weights[penalty])
+    x, y, held_out, weights, weight = train[fit], labels[fit], {}, {}, None
+    for penalty in (1., .1, .01, 1e-3, 1e-4):                   # each starts from the last solution
+        weight = weights[penalty] = _logistic(x, y, classes, penalty, variance, weight)
+        held_out[penalty] = _accuracy(train[held], labels[held], weight)
         if held_out[penalty] < max(held_out.values()) - 1:      # the best penalty has been passed
             break
     best = max(held_out, key=held_out.get)

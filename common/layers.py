@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import ddp
+
 
 class GroupBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with statistics over groups of `group` images.
@@ -87,6 +89,40 @@ class _NormaliseGroups(torch.autograd.Function):
         dx, dweight, dbias = zip(*found)
         return (torch.cat(dx), torch.stack(dweight).sum(0), torch.stack(dbias).sum(0), None, None,
                 None)
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation over the images of all processes; x is (N, C) or (N, C, H, W).
+
+    Like nn.SyncBatchNorm, which runs on GPUs only. N may differ between processes.
+    """
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training or ddp.world() == 1:
+            return super().forward(x)
+        C, shape = self.num_features, (1, -1, *[1] * (x.ndim - 2))
+        wide = x.to(self.running_mean.dtype)                    # float32 also where x is bf16
+        var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
+        count = torch.full_like(mean[:1], x.numel() / C)
+        parts = ddp.all_gather_with_grad(torch.cat([mean, var, count])[None])   # (W, 2 C + 1)
+        means, variances, counts = parts.split([C, C, 1], 1)
+        n, share = counts.sum(), counts / counts.sum()
+        mean = (share * means).sum(0)
+        var = (share * (variances + (means - mean).square())).sum(0)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            # A momentum of None stands for the mean over all batches.
+            weight = self.momentum
+            if weight is None:
+                weight = 1 / self.num_batches_tracked.item()
+            self.running_mean.lerp_(mean, weight)
+            self.running_var.lerp_(var * n / (n - 1), weight)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
 
 
 class SmallConv2d(nn.Conv2d):

@@ -17,23 +17,24 @@ ARCHS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152
 HEADS = ("mlp", "none", "fixed", "deep", "narrow", "identity")
 
 
-def resnet(arch, bn_group=None, norm=None):
+def resnet(arch, bn_group=None, norm=None, zero_init_residual=False):
     """The encoder f: images (N, 3, H, W) -> h (N, width), after pooling; width is 512 or 2048.
 
     Batch normalisation is `norm`, by default `GroupBatchNorm2d` with groups of `bn_group` images.
-    Initialised as in torchvision, from torch's global generator. Raises UserError if `arch` is
-    unknown.
+    Initialised as in torchvision, from torch's global generator; with `zero_init_residual`,
+    residual branches begin at zero. Raises UserError if `arch` is unknown.
     """
     name = arch.removesuffix("-3x3")
     if name not in ARCHS:
         raise UserError(f"--arch {arch}: unknown; expected one of {', '.join(ARCHS)}, "
                         "optionally with the suffix -3x3")
-    norm = norm or functools.partial(GroupBatchNorm2d, group=bn_group)
+    options = {"norm_layer": norm or functools.partial(GroupBatchNorm2d, group=bn_group),
+               "zero_init_residual": zero_init_residual}
     if name == "resnet10":
         block = torchvision.models.resnet.BasicBlock
-        f = torchvision.models.ResNet(block, [1, 1, 1, 1], norm_layer=norm)
+        f = torchvision.models.ResNet(block, [1, 1, 1, 1], **options)
     else:
-        f = torchvision.models.get_model(name, norm_layer=norm)
+        f = torchvision.models.get_model(name, **options)
     for module in f.modules():
         if isinstance(module, nn.Conv2d):
             module.__class__ = SmallConv2d      # the same parameters, another forward pass

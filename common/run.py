@@ -136,7 +136,7 @@ class Run:
             raise UserError(f"--out {self.out}: other machines do not see this folder; it must be "
                             "on a disk that all share")
         if ddp.rank() and self.path.exists():
-            saved = checkpoint.read(self.path, checkpoint.CONTENT)
+            saved = checkpoint.read(self.path)
         step = saved["step"] if saved else 0
         steps = ddp.all_gather(torch.tensor([step], device=self.device)).tolist()
         if len(set(steps)) > 1:

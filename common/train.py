@@ -60,27 +60,33 @@ def parser(script, description, presets):
     add("--out", metavar="DIR",
         help="folder of the run (default: under runs/, named after script, data, preset and the "
         "settings given as flags)")
-    add("--fresh", action="store_true", help="overwrite the run that --out holds")
-    add("--seed", type=NATURAL, default=0, metavar="n")
+    add_run_flags(flags)
     add("--epochs", type=COUNT, metavar="n")
-    add("--max-steps", type=COUNT, metavar="n", help="stop after this step; the schedule stays")
-    add("--save-minutes", type=NON_NEGATIVE, default=30., metavar="t",
-        help="save this often, besides each epoch's end (default: 30; 0: as often as possible)")
     add("--n-evals", type=COUNT, metavar="n", help="evaluations in a run, at most one per epoch")
-    add("--batch-size", type=COUNT, metavar="n", help="images per step, over all processes")
-    add("--lr", type=POSITIVE, help="learning rate (default: scaled with the batch size)")
-    add("--warmup", type=NATURAL, metavar="STEPS", help="steps of linear warm-up")
     add("--arch", metavar="NAME",
         help=f"{', '.join(model.ARCHS)}; with suffix -3x3 for small images")
     add("--size", type=SIDE, metavar="PIXELS", help="side of the crops that the encoder reads")
-    add("--workers", type=NATURAL, metavar="n", default=data.default_workers(),
-        help="processes that read files")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
     add("--compile", action="store_true", help="use torch.compile for the encoders")
     add("--graphs", action=argparse.BooleanOptionalAction, default=True,
         help="on a single GPU, record the encoders as CUDA graphs")
-    add("--device", choices=DEVICES, help="default: cuda if there is a GPU, else cpu")
     return flags
+
+
+def add_run_flags(parser):
+    """Add the flags that every run of `run.Run` has."""
+    add = parser.add_argument
+    add("--fresh", action="store_true", help="overwrite the run that --out holds")
+    add("--seed", type=NATURAL, default=0, metavar="n")
+    add("--max-steps", type=COUNT, metavar="n", help="stop after this step; the schedule stays")
+    add("--save-minutes", type=NON_NEGATIVE, default=30., metavar="t",
+        help="save this often, besides each epoch's end (default: 30; 0: as often as possible)")
+    add("--batch-size", type=COUNT, metavar="n", help="images per step, over all processes")
+    add("--lr", type=POSITIVE, help="learning rate (default: scaled with the batch size)")
+    add("--warmup", type=NATURAL, metavar="STEPS", help="steps of linear warm-up")
+    add("--workers", type=NATURAL, metavar="n", default=data.default_workers(),
+        help="processes that read files")
+    add("--device", choices=DEVICES, help="default: cuda if there is a GPU, else cpu")
 
 
 def settings(flags, argv, scale, scales, presets):

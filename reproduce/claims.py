@@ -10,21 +10,18 @@ decides it; the kinds of claims are
 
 MARGIN is 1 point of top-1 (of AP for detection): a smaller difference would not change what a
 reader does. It is about three times the standard deviation of a row of Table 1 on CIFAR-10 over
-seeds. A verdict needs two seeds in every cell. If there is no difference, about 5 % of claims are
-decided nonetheless (up to 9 % where the spread of one cell is two to five times that of the
-others). The last column says which verdicts remain after Holm's correction for the number of
-claims, the paper's and ours apart. Probes of one encoder are compared in pairs.
+seeds. A verdict needs two seeds in every cell; verdicts.py says how often it is wrong. The last
+column says which verdicts remain after Holm's correction for the number of claims, the paper's and
+ours apart. Probes of one encoder are compared in pairs.
 
 These rules and claims were committed before the runs that they judge: those with seeds from 10 on.
 Runs with other seeds are not used for verdicts. The number of seeds is fixed, too: on the textures
 three in every cell (10, 11, 12). At the scale `cifar10-laptop`, cells of Table 2, Figure 4,
 supervised training and 100 epochs have two, all others three. Until all are there, a claim has no
-verdict. An interval may still change with runs of other cells, because spreads are moderated
-together. docs/choices.md lists all changes of the rules.
+verdict. docs/choices.md lists all changes of the rules.
 """
 
 import collections
-import functools
 
 from reproduce import plan, verdicts
 
@@ -139,8 +136,7 @@ UNTESTED = (
      "only whether they hurt is tested"),
     ("adaptive sampling of negatives is no better", "Sec. 5", "not defined in the paper"),
 )
-LENGTHS = {"shortest": 0, "longest": -1}
-SIZES = {"smallest K": 0, "largest K": -1}
+ENDS = {"smallest K": 0, "shortest": 0, "largest K": -1, "longest": -1}       # of the columns
 
 
 def keys_of(claim, scale):
@@ -160,8 +156,8 @@ def keys_of(claim, scale):
             row, _, column = cell.partition(" | ")
             if column.startswith("every K") or column == "same K":
                 column = current
-            if column in SIZES | LENGTHS:
-                column = columns[(SIZES | LENGTHS)[column]]
+            if column in ENDS:
+                column = columns[ENDS[column]]
             if column == "middle K":
                 column = columns[len(columns) // 2]
             keys.append((claim.item, row, column or columns[0]))
@@ -177,7 +173,6 @@ def family(cell):
     return "class" if cell.question == "class" else "prediction"
 
 
-@functools.cache
 def n_seeds(name, scale):
     """The number of seeds of a run, fixed in advance; None: all that there are, two or more."""
     keys = [key for key, cell in plan.cells(scale).items()
@@ -212,7 +207,7 @@ class Judge:
         for claim in (*PAPER, *OURS):
             for keys in keys_of(claim, scale):
                 if self.of_one_encoder(keys) and all(found[key] for key in keys):
-                    samples[tuple(keys)] = verdicts.paired([1., -1.], [found[k] for k in keys])
+                    samples[tuple(keys)] = verdicts.paired(*(found[key] for key in keys))
         self.priors["pairs"] = verdicts.moderate(list(samples.values()))
 
     def of_one_encoder(self, keys):
@@ -231,7 +226,7 @@ class Judge:
         if not all(samples.values()):
             return verdicts.judge(claim.kind, [[1., -1.]], [[], []])           # not run
         if self.of_one_encoder(every[0]):
-            pairs = verdicts.paired([1., -1.], list(samples.values()))
+            pairs = verdicts.paired(*samples.values())
             return verdicts.judge(claim.kind, [[1.]], [pairs], self.priors["pairs"])
         contrasts = []
         for keys in every:

@@ -7,7 +7,6 @@ random vector), and how often each rank is sampled. DATA is the folder of images
 was trained.
 """
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +28,9 @@ def images_in_queue(n, settings, step):
     """
     K, batch = settings["K"], settings["batch_size"]
     owner, per_epoch = torch.full((K,), -1), data.steps_per_epoch(n, batch) * batch
-    order = functools.cache(data.permutation)
     for i in range(max(0, step * batch - K), step * batch):
         epoch, position = divmod(i, per_epoch)
-        owner[i % K] = order(n, settings["seed"], epoch)[position]
+        owner[i % K] = data.permutation(n, settings["seed"], epoch)[position]
     return owner
 
 

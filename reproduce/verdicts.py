@@ -154,13 +154,12 @@ def contrast(coefficients, cells, prior=None, n=None):
     return Contrast(value, np.sqrt(variance), np.min(dfs, axis=0))
 
 
-def paired(coefficients, probes):
-    """The contrast of several probes of the same encoders, seed by seed: one sample.
+def paired(first, second):
+    """The differences of two probes of the same encoders, seed by seed: one sample.
 
     It is judged as a cell with the coefficient 1, with the prior of a place's paired samples.
     """
-    return [math.fsum(c * x for c, x in zip(coefficients, values, strict=True))
-            for values in zip(*probes, strict=True)]
+    return [a - b for a, b in zip(first, second, strict=True)]
 
 
 def p_above(found, bound):

@@ -7,9 +7,9 @@ width. VOC's files, and the metric, count pixels from 1 and include both ends: t
 are larger by 1.
 """
 
-import dataclasses
 import itertools
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -82,33 +82,28 @@ def voc_ap(found, objects, classes):
 
 # Images and objects.
 
-@dataclasses.dataclass
-class Split:
-    """The images of a split.
+class Sample(NamedTuple):
+    """An image of a split, which is a list of them."""
 
-    An image is a file or (3, H, W) uint8. Its size is (H, W). Its objects are rows (n, 6)
-    float32: four coordinates of the box, the label (from 1 on), and whether it is difficult.
-    """
+    image: str | torch.Tensor                   # a file, or (3, H, W) uint8
+    size: tuple                                 # (H, W)
+    # Rows (n, 6) float32: four coordinates of the box, the label (from 1 on), and whether it is
+    # difficult
+    objects: torch.Tensor
 
-    images: list = dataclasses.field(default_factory=list)
-    sizes: list = dataclasses.field(default_factory=list)
-    objects: list = dataclasses.field(default_factory=list)
 
-    def __len__(self):
-        return len(self.images)
+def sample(image, size, objects):
+    """A `Sample` whose objects are a list."""
+    return Sample(image, size, torch.tensor(objects, dtype=torch.float32).view(-1, 6))
 
-    def add(self, image, size, objects):
-        self.images.append(image)
-        self.sizes.append(size)
-        self.objects.append(torch.tensor(objects, dtype=torch.float32).view(-1, 6))
 
-    def rows(self):
-        """All objects, one row of the metric each: (m, 7)."""
-        rows = []
-        for i, objects in enumerate(self.objects):
-            image = torch.full_like(objects[:, :1], i)
-            rows.append(torch.cat([image, objects[:, 4:], voc_boxes(objects[:, :4])], 1))
-        return torch.cat(rows).numpy()
+def object_rows(split):
+    """All objects, one row of the metric each: (m, 7)."""
+    found = []
+    for i, (_, _, objects) in enumerate(split):
+        image = torch.full_like(objects[:, :1], i)
+        found.append(torch.cat([image, objects[:, 4:], voc_boxes(objects[:, :4])], 1))
+    return torch.cat(found).numpy()
 
 
 def voc_boxes(boxes):
@@ -123,30 +118,24 @@ def open_data(path):
     at fault, or if there are no objects.
     """
     if path is None:
-        scale, classes, splits = "scenes", textures.CLASSES, [scenes(1000, 2), scenes(250, 3)]
+        scale, classes, train, test = "scenes", textures.CLASSES, scenes(1000, 2), scenes(250, 3)
     else:
         folder = Path(path).expanduser().resolve()
         if (folder / "VOCdevkit").is_dir():
             folder = folder / "VOCdevkit"
-        splits = [Split(), Split()]
-        for split, year, image_set in ((0, 2007, "trainval"), (0, 2012, "trainval"),
-                                       (1, 2007, "test")):
-            _read_voc(splits[split], folder, str(year), image_set)
-        scale, classes = "voc", CLASSES
-    for name, split in zip(("training", "test"), splits):
-        if not any((objects[:, 5] == 0).any() for objects in split.objects):
+        train = _read_voc(folder, "2007", "trainval") + _read_voc(folder, "2012", "trainval")
+        scale, classes, test = "voc", CLASSES, _read_voc(folder, "2007", "test")
+    for name, split in (("training", train), ("test", test)):
+        if not any((objects[:, 5] == 0).any() for _, _, objects in split):
             raise UserError(f"{path}: no objects in the {name} images, or only difficult ones")
-    full = Split()
-    for image, size, objects in zip(splits[0].images, splits[0].sizes, splits[0].objects):
-        if len(objects):
-            full.add(image, size, objects.tolist())
-    ddp.say(f"data: {path or 'synthetic scenes'}, {len(full)} training images with objects and "
-            f"{len(splits[1])} test images; scale {scale}")
-    return scale, classes, full, splits[1]
+    train = [each for each in train if len(each.objects)]
+    ddp.say(f"data: {path or 'synthetic scenes'}, {len(train)} training images with objects and "
+            f"{len(test)} test images; scale {scale}")
+    return scale, classes, train, test
 
 
-def _read_voc(split, folder, year, image_set):
-    """Add the images of a set of the folder VOCdevkit."""
+def _read_voc(folder, year, image_set):
+    """The split of a set of the folder VOCdevkit."""
     try:
         files = VOCDetection(folder.parent, year, image_set)
     except (RuntimeError, FileNotFoundError):
@@ -154,6 +143,7 @@ def _read_voc(split, folder, year, image_set):
     if files is None or folder.name != "VOCdevkit":
         raise UserError(f"{folder}: not a VOCdevkit, or VOC{year}/ImageSets/Main/{image_set}.txt "
                         "is missing; expected a folder VOCdevkit with VOC2007 and VOC2012")
+    split = []
     for image, xml in zip(files.images, files.annotations):
         try:
             with Image.open(image) as opened:
@@ -170,11 +160,12 @@ def _read_voc(split, folder, year, image_set):
                 raise UserError(f"{xml}: a box is empty or outside of the image of {width} x "
                                 f"{height} pixels: xmin {xmin + 1:g}, ymin {ymin + 1:g}, "
                                 f"xmax {xmax:g}, ymax {ymax:g}")
-        split.add(image, (height, width), objects)
+        split.append(sample(image, (height, width), objects))
+    return split
 
 
 def _object(entry):
-    """An object of VOC's XML as in `Split`. detectron2 moves xmin and ymin in the same way."""
+    """An object of VOC's XML as in `Sample`. detectron2 moves xmin and ymin in the same way."""
     box = entry["bndbox"]
     return (float(box["xmin"]) - 1, float(box["ymin"]) - 1, float(box["xmax"]), float(box["ymax"]),
             CLASSES.index(entry["name"]) + 1, int(entry.get("difficult", 0)))
@@ -186,7 +177,7 @@ def scenes(n, seed, side=128):
     Objects have .25 to .6 of the side. They may overlap, but none hides more than half of
     another.
     """
-    split, rng = Split(), augment.generator("scenes", seed)
+    split, rng = [], augment.generator("scenes", seed)
     pixels, labels = textures.draw(5 * n, seed)
     for background, *others in rng.permutation(5 * n).reshape(n, 5):
         scene = augment.resize(torch.from_numpy(pixels[background]), (side, side))
@@ -201,7 +192,7 @@ def scenes(n, seed, side=128):
             texture = augment.resize(torch.from_numpy(pixels[i]), (height, width))
             scene[:, top:top + height, left:left + width] = texture
             objects.append((*box, labels[i] + 1, 0))
-        split.add(scene, (side, side), objects)
+        split.append(sample(scene, (side, side), objects))
     return split
 
 
@@ -233,12 +224,11 @@ class Batches(Dataset):
         sides = -(-np.max([size for _, size, _ in views], 0) // self.stride) * self.stride
         x, all_boxes = torch.zeros(len(views[rows]), 3, *sides.tolist(), dtype=torch.uint8), []
         for padded, (index, (height, width), flip) in zip(x, views[rows]):
-            image, boxes = self.split.images[index], self.split.objects[index][:, :4]
+            image, (old_height, old_width), objects = self.split[index]
             if not isinstance(image, torch.Tensor):
                 image = data.read_image(image)
-            old_height, old_width = image.shape[1:]
             image = augment.resize(image, (height, width))
-            boxes = boxes * torch.tensor([width / old_width, height / old_height] * 2)
+            boxes = objects[:, :4] * torch.tensor([width / old_width, height / old_height] * 2)
             if flip:
                 image = image.flip(2)
                 boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
@@ -257,7 +247,7 @@ def load(split, batches, *, normalisation, stride, device, workers):
     mean, std = (torch.tensor(values, device=device)[:, None, None]
                  for values in augment.NORMALISE[normalisation])
     batches, planned = itertools.tee(batches)
-    in_memory = isinstance(split.images[0], torch.Tensor)
+    in_memory = isinstance(split[0].image, torch.Tensor)
     loader = DataLoader(Batches(split, stride), batch_size=None, sampler=batches,
                         num_workers=0 if in_memory else workers, collate_fn=tuple,
                         pin_memory=device.type == "cuda", generator=torch.Generator(),
@@ -269,5 +259,5 @@ def load(split, batches, *, normalisation, stride, device, workers):
             padded[:, height:] = 0
             padded[:, :, width:] = 0
             targets.append({"boxes": torch.as_tensor(boxes, device=device),
-                            "labels": split.objects[index][:, 4].long().to(device)})
+                            "labels": split[index].objects[:, 4].long().to(device)})
         yield x, [size for _, size, _ in views[rows]], targets

@@ -30,6 +30,7 @@ from torchvision.ops import RoIAlign
 
 from common import UserError, augment, data, ddp, train
 from common.checkpoint import load_encoder
+from common.layers import GlobalBatchNorm
 from common.model import resnet
 from common.run import Run, machine
 from linear_probe import fingerprint
@@ -40,31 +41,6 @@ MAX_FOUND = 100                                 # detections per image
 
 
 # The network: conv1 to layer3 as backbone, layer4 as head of each region.
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation with the statistics of the images of all processes, on any device."""
-
-    def forward(self, x):                                       # (N, C, H, W)
-        if not self.training or ddp.world() == 1:
-            return super().forward(x)
-        C = self.num_features
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        count = torch.full_like(mean[:1], x.numel() / C)
-        parts = ddp.all_gather_with_grad(torch.cat([mean, var, count])[None])   # (W, 2 C + 1)
-        means, variances, counts = parts.split([C, C, 1], 1)
-        n, share = counts.sum(), counts / counts.sum()
-        mean = (share * means).sum(0)
-        var = (share * (variances + (means - mean).square())).sum(0)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            # Without momentum: the mean over all batches.
-            weight = self.momentum or 1 / self.num_batches_tracked.item()
-            self.running_mean.lerp_(mean, weight)
-            self.running_var.lerp_(var * n / (n - 1), weight)
-        scale = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
-
 
 class Sampler(_utils.BalancedPositiveNegativeSampler):
     """torchvision's sampler of anchors or proposals, seeded for each image.
@@ -134,7 +110,8 @@ class Detector(nn.Module):
                        s.rpn_samples, .5, dict(zip(names, s.pre_nms)), dict(zip(names, s.post_nms)),
                        nms_thresh=.7)
         # With MoCo's additional batch normalisation, features of any scale fit the learning rate.
-        head = nn.Sequential(f.layer4, BatchNorm(f.width), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        head = nn.Sequential(f.layer4, GlobalBatchNorm(f.width), nn.AdaptiveAvgPool2d(1),
+                             nn.Flatten())
         predictor = faster_rcnn.FastRCNNPredictor(f.width, classes + 1)
         for layer, std in ((predictor.cls_score, .01), (predictor.bbox_pred, .001)):
             nn.init.normal_(layer.weight, std=std)
@@ -170,7 +147,7 @@ def train_step(detector, optimizer, batch):
 @torch.no_grad()
 def precise_bn(detector, batches):
     """Replace the running statistics by the means over `batches`, with the final weights."""
-    norms = [module for module in detector.modules() if isinstance(module, BatchNorm)]
+    norms = [module for module in detector.modules() if isinstance(module, GlobalBatchNorm)]
     momentum = norms[0].momentum
     for norm in norms:
         norm.reset_running_stats()
@@ -193,7 +170,7 @@ def batches(split, args, start, stop, device):
             index = data.permutation(n, args.seed, epoch)[i * N:(i + 1) * N].tolist()
             rng = augment.generator("detection", args.seed, step)
             shorts, flips = rng.choice(args.short_sides, N), rng.random(N) < .5
-            views = [(i, voc.resized(split.sizes[i], short, args.longest), flip)
+            views = [(i, voc.resized(split[i].size, short, args.longest), flip)
                      for i, short, flip in zip(index, shorts, flips)]
             yield views, ddp.rows(N)
 
@@ -209,7 +186,7 @@ def detect(detector, split, args, device):
     detector.eval()
     n = len(split)
     mine = range(n)[ddp.rows(n)]
-    views = [(i, voc.resized(split.sizes[i], args.test_side, args.longest), False) for i in mine]
+    views = [(i, voc.resized(split[i].size, args.test_side, args.longest), False) for i in mine]
     parts = [views[i:i + args.test_batch] for i in range(0, len(views), args.test_batch)]
     rows = torch.zeros(-(-n // ddp.world()), MAX_FOUND, 7)      # class 0: no detection
     loaded = voc.load(split, [(part, slice(None)) for part in parts], stride=STRIDE,
@@ -217,7 +194,7 @@ def detect(detector, split, args, device):
     for part, (x, sizes, _) in zip(parts, loaded):
         for (i, (height, width), _), found in zip(part, detector(x, sizes)):
             boxes, scores, labels = (found[name].cpu() for name in ("boxes", "scores", "labels"))
-            old_height, old_width = split.sizes[i]
+            old_height, old_width = split[i].size
             boxes = boxes * torch.tensor([old_width / width, old_height / height] * 2)
             image = torch.full_like(scores, i)
             rows[i - mine[0], :len(boxes)] = torch.cat(
@@ -255,21 +232,12 @@ def flags():
     add("--arch", metavar="NAME", help="architecture of --encoder random")
     add("--out", metavar="DIR", help="folder of the run (default: detection/ beside the encoder, "
         "or under runs/)")
-    add("--fresh", action="store_true", help="overwrite the run that --out holds")
-    add("--seed", type=train.NATURAL, default=0, metavar="n")
+    train.add_run_flags(parser)
     add("--iterations", type=train.COUNT, metavar="n")
-    add("--max-steps", type=train.COUNT, metavar="n", help="stop after this step")
-    add("--save-minutes", type=train.NON_NEGATIVE, default=30., metavar="t")
-    add("--batch-size", type=train.COUNT, metavar="n", help="images per step, over all processes")
-    add("--lr", type=train.POSITIVE, help="learning rate (default: scaled with the batch size)")
-    add("--warmup", type=train.NATURAL, metavar="STEPS", help="steps of linear warm-up")
     add("--short-sides", type=train.COUNT, nargs="+", metavar="n",
         help="lengths of an image's short side, one of which is drawn for each training image")
     add("--test-side", type=train.COUNT, metavar="n", help="short side of test images")
     add("--roi-samples", type=train.COUNT, metavar="n", help="proposals per image to train on")
-    add("--workers", type=train.NATURAL, default=data.default_workers(), metavar="n",
-        help="processes that read files")
-    add("--device", choices=train.DEVICES, help="default: cuda if there is a GPU, else cpu")
     return parser
 
 
@@ -288,7 +256,7 @@ def settings(argv, scale):
     args.arch, file = saved["arch"], Path(args.encoder)
     args.normalisation = saved.get("normalisation", saved.get("scale", args.normalisation))
     args.encoder_fingerprint = fingerprint(encoder.f)
-    f = resnet(args.arch, norm=BatchNorm)
+    f = resnet(args.arch, norm=GlobalBatchNorm)
     f.load_state_dict(encoder.f.state_dict())
     if file.is_file():
         args.out, args.encoder = args.out or file.parent / "detection", str(file.resolve())
@@ -304,13 +272,14 @@ def main(argv=None):
     args, f = settings(argv, scale)
     # Settings: with other images or boxes it is another run.
     args.images = len(train_split)
-    args.objects_hash = f"{zlib.crc32(train_split.rows().tobytes()):08x}"
+    args.objects_hash = f"{zlib.crc32(voc.object_rows(train_split).tobytes()):08x}"
     train.check_batch(args.images, args.batch_size, bn_group=1)
     torch.manual_seed(args.seed)
     detector = Detector(f, len(classes), args)
     detector.to(device, memory_format=torch.channels_last)
     # As in detectron2, batch normalisation has no weight decay.
-    norms = [p for m in detector.modules() if isinstance(m, BatchNorm) for p in m.parameters()]
+    norms = [p for m in detector.modules() if isinstance(m, GlobalBatchNorm)
+             for p in m.parameters()]
     others = [p for p in detector.parameters() if not any(p is norm for norm in norms)]
     optimizer = torch.optim.SGD([{"params": others, "weight_decay": 1e-4}, {"params": norms}],
                                 args.lr, momentum=.9, fused=True)
@@ -319,7 +288,7 @@ def main(argv=None):
         total = args.iterations
         precise_bn(detector, batches(train_split, args, total, total + args.bn_batches, device))
         found = detect(detector, test_split, args, device)
-        result, by_class = voc.voc_ap(found, test_split.rows(), len(classes))
+        result, by_class = voc.voc_ap(found, voc.object_rows(test_split), len(classes))
         if ddp.rank() == 0:
             content = {**result, "AP50_by_class": dict(zip(classes, by_class)),
                        "settings": run.settings, **machine(device)}
@@ -352,7 +321,7 @@ def draw(path, split, found, classes, name, n=6):
     """
     from matplotlib.figure import Figure                        # slow to import
     from matplotlib.patches import Rectangle
-    figure, objects = Figure(figsize=(7.2, 5.4), layout="constrained"), split.rows()
+    figure, objects = Figure(figsize=(7.2, 5.4), layout="constrained"), voc.object_rows(split)
 
     def outline(axis, box, **style):
         xmin, ymin, xmax, ymax = box            # pixels from 1; matplotlib counts centres from 0
@@ -360,7 +329,7 @@ def draw(path, split, found, classes, name, n=6):
         axis.add_patch(Rectangle(corner, *sides, fill=False, linewidth=1.5, **style))
 
     for i, axis in enumerate(figure.subplots(2, n // 2).flat[:len(split)]):
-        image = split.images[i]
+        image = split[i].image
         image = image if isinstance(image, torch.Tensor) else data.read_image(image)
         axis.imshow(image.permute(1, 2, 0).numpy())
         for box in objects[objects[:, 0] == i, 3:]:

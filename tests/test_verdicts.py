@@ -317,14 +317,14 @@ def test_equivalence_must_hold_for_every_contrast():
 
 def test_probes_of_the_same_encoders_are_compared_in_pairs():
     h, hidden = [60., 80., 70.], [58., 78.1, 68.2]
-    differences = verdicts.paired([1., -1.], [h, hidden])
+    differences = verdicts.paired(h, hidden)
     assert differences == pytest.approx([2., 1.9, 1.8])
     found = verdicts.judge("positive", [[1.]], [differences])
     reference = stats.ttest_rel(h, hidden)
     assert found.p == pytest.approx(reference.pvalue) and found.verdict == "shown"
     assert verdicts.judge("positive", [[1., -1.]], [h, hidden]).verdict == "not resolved"
     with pytest.raises(ValueError):
-        verdicts.paired([1., -1.], [h, hidden[:2]])
+        verdicts.paired(h, hidden[:2])
 
 
 def test_every_cell_needs_two_seeds():

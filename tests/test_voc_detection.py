@@ -29,7 +29,7 @@ def arguments(**changes):
 
 def detector(args=None, classes=10, dtype=torch.float32):
     torch.manual_seed(0)
-    f = resnet((args or arguments()).arch, norm=script.BatchNorm)
+    f = resnet((args or arguments()).arch, norm=script.GlobalBatchNorm)
     return script.Detector(f, classes, args or arguments()).to(dtype)
 
 
@@ -179,7 +179,7 @@ def test_backbone_and_head_give_the_features_of_the_plain_resnet():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=.1)
             module.running_var.uniform_(.5, 1.5)
-    f = resnet("resnet50", norm=script.BatchNorm)
+    f = resnet("resnet50", norm=script.GlobalBatchNorm)
     f.load_state_dict(plain.state_dict(), strict=False)
     plain.fc = torch.nn.Identity()
     network = script.Detector(f, 3, arguments()).eval()
@@ -251,11 +251,11 @@ class Perfect(torch.nn.Module):
 
     def __init__(self, split):
         super().__init__()
-        self.objects = zip(split.objects, split.sizes)
+        self.left = iter(split)
 
     def forward(self, x, sizes):
         found = []
-        for size, (objects, (height, width)) in zip(sizes, self.objects):
+        for size, (_, (height, width), objects) in zip(sizes, self.left):
             factor = torch.tensor([size[1] / width, size[0] / height] * 2)
             found.append({"boxes": objects[:, :4] * factor, "labels": objects[:, 4].long(),
                           "scores": torch.ones(len(objects))})
@@ -265,7 +265,7 @@ class Perfect(torch.nn.Module):
 def test_detections_are_in_pixels_of_the_original_image():
     split = mixed_split()
     found = script.detect(Perfect(split), split, arguments(test_side=96), CPU)
-    assert voc.voc_ap(found, split.rows(), 10)[0]["AP"] == pytest.approx(100)
+    assert voc.voc_ap(found, voc.object_rows(split), 10)[0]["AP"] == pytest.approx(100)
 
 
 def test_draws_depend_on_seed_step_and_image_only():
@@ -288,11 +288,7 @@ def test_draws_depend_on_seed_step_and_image_only():
 
 def mixed_split():
     """Images of several sizes, without objects that are cut."""
-    split = voc.scenes(5, 0, side=64)
-    wide = voc.scenes(3, 1, side=80)
-    for image, size, found in zip(wide.images, wide.sizes, wide.objects):
-        split.add(image, size, found.tolist())
-    return split
+    return voc.scenes(5, 0, side=64) + voc.scenes(3, 1, side=80)
 
 
 def step_and_test(path):
@@ -361,10 +357,10 @@ def annotation(objects, i):
 def test_a_vocdevkit_is_read_as_it_is_written(tmp_path):
     scale, classes, train, test = voc.open_data(write_voc(tmp_path))
     assert scale == "voc" and len(classes) == 20 and (len(train), len(test)) == (5, 3)
-    assert test.sizes == [(60, 80), (90, 64), (64, 64)]
+    assert [sample.size for sample in test] == [(60, 80), (90, 64), (64, 64)]
     dog, person = classes.index("dog") + 1, classes.index("person") + 1
-    assert test.objects[1].tolist() == [[0, 0, 64, 45, dog, 0], [10, 20, 30, 50, person, 1]]
-    assert test.rows()[2].tolist() == [1, person, 1, 11, 21, 30, 50]    # as in the file
+    assert test[1].objects.tolist() == [[0, 0, 64, 45, dog, 0], [10, 20, 30, 50, person, 1]]
+    assert voc.object_rows(test)[2].tolist() == [1, person, 1, 11, 21, 30, 50]    # as in the file
     views = [([(1, (90, 64), False)], slice(None))]
     (x, sizes, targets), = voc.load(test, views, stride=16, normalisation="unit", device=CPU,
                                     workers=0)
@@ -378,8 +374,7 @@ def test_a_vocdevkit_is_read_as_it_is_written(tmp_path):
 def test_boxes_follow_the_image_when_it_is_resized_and_flipped():
     image = torch.zeros(3, 40, 60, dtype=torch.uint8)
     image[:, 8:24, 6:36] = 255
-    split = voc.Split()
-    split.add(image, (40, 60), [(6, 8, 36, 24, 1, 0)])
+    split = [voc.sample(image, (40, 60), [(6, 8, 36, 24, 1, 0)])]
     for flip, expected in ((False, [12, 16, 72, 48]), (True, [48, 16, 108, 48])):
         x, boxes = voc.Batches(split, 16)[[(0, (80, 120), flip)], slice(None)]
         assert x.shape == (1, 3, 80, 128) and x[..., 120:].max() == 0
@@ -387,23 +382,24 @@ def test_boxes_follow_the_image_when_it_is_resized_and_flipped():
         bright = (x[0, 0] > 127).nonzero()
         found = [*bright.amin(0).flip(0).tolist(), *(bright.amax(0) + 1).flip(0).tolist()]
         assert found == expected
-    assert split.objects[0][0, :4].tolist() == [6, 8, 36, 24]   # unchanged
+    assert split[0].objects[0, :4].tolist() == [6, 8, 36, 24]   # unchanged
     assert voc.resized((375, 500), 800, 1333) == (800, 1067)
     assert voc.resized((200, 500), 800, 1333) == (533, 1333)
 
 
 def test_scenes_are_drawn_from_a_seed_with_objects_inside():
     split = voc.scenes(60, 0)
-    assert all(map(torch.equal, split.images, voc.scenes(60, 0).images))
-    assert not torch.equal(split.images[0], voc.scenes(60, 1).images[0])
-    table = np.concatenate([found.numpy() for found in split.objects])
+    images, objects = ([getattr(each, name) for each in split] for name in ("image", "objects"))
+    assert all(map(torch.equal, images, [each.image for each in voc.scenes(60, 0)]))
+    assert not torch.equal(images[0], voc.scenes(60, 1)[0].image)
+    table = np.concatenate([found.numpy() for found in objects])
     sides = table[:, 2:4] - table[:, :2]
     assert table[:, :4].min() >= 0 and table[:, :4].max() <= 128
     assert 20 < sides.min() < 32 and 70 < sides.max() < 100
     assert set(table[:, 4]) == set(range(1, 11))
-    assert 1 <= np.mean([len(found) for found in split.objects]) <= 3
+    assert 1 <= np.mean([len(found) for found in objects]) <= 3
     overlapping = 0
-    for found in split.objects:
+    for found in objects:
         for i, a in enumerate(found):
             for b in found[i + 1:]:
                 common = (torch.minimum(a[2:4], b[2:4]) - torch.maximum(a[:2], b[:2])).clamp(0)
