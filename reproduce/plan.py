@@ -24,9 +24,9 @@ NAMED = {"cifar10-laptop": ("cifar10", {
 TABLE3_K = {"imagenet": (512, 65536), "cifar10": (64, 4096), "textures": (16, 1024),
             "cifar10-laptop": (64, 4096)}
 FIGURE4_K = {"imagenet": (256, 512, 1024, 4096, 16384, 65536),     # K of Figure 4
-          "cifar10": (16, 64, 256, 1024, 4096, 16384),
-          "textures": (16, 128, 1024),
-          "cifar10-laptop": (64, 512, 4096)}
+             "cifar10": (16, 64, 256, 1024, 4096, 16384),
+             "textures": (16, 128, 1024),
+             "cifar10-laptop": (64, 512, 4096)}
 LENGTHS = {"cifar10-laptop": (5, 10, 20, 50, 100)}              # epochs
 DETECTION = ("imagenet", "textures")            # scales whose encoders are fine-tuned for detection
 PREDICTIONS = ("class", "grey", "hue", "noise", "rotation", "sobel")    # of linear_probe.py
