@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 
 import numpy as np
@@ -261,12 +262,24 @@ def test_a_library_error_in_a_notebook_has_the_message_of_the_script(tmp_path):
     assert end.value.code == 1 and err.getvalue() == f"{caught}\n"
 
 
-def test_other_files_and_folders_are_refused(tmp_path):
-    (tmp_path / "text.pt").write_text("{}")
+class Evil:
+    def __reduce__(self):
+        return open, ("evil", "w")
+
+
+def test_a_file_that_would_run_code_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint("c.pt", lambda c: c.update(f=Evil()))
+    with pytest.raises(UserError, match="c.pt: refused: reading it would run code ._?io.open."):
+        load_encoder("c.pt")
+    (tmp_path / "text.pt").write_text(json.dumps({}))
     with pytest.raises(UserError, match="text.pt: cannot be read as a checkpoint"):
-        load_encoder(tmp_path / "text.pt")
+        load_encoder("text.pt")
+    with pytest.raises(UserError, match="nothing.pt: no such file"):
+        load_encoder("nothing.pt")
     with pytest.raises(UserError, match="is a folder; expected the checkpoint.pt in it"):
         load_encoder(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.pt", "text.pt"]
 
 
 def test_random_is_the_network_as_constructed():

@@ -502,7 +502,7 @@ def mutated(content, rng, header):
 
 def test_mutated_jpegs_do_no_harm(tmp_path, long):
     """Read by a worker process: no crash, no hang, bounded memory."""
-    rng, count = np.random.default_rng(0), 20000 if long else 1500
+    rng, count = np.random.default_rng(0), 20000 if long else 4000
     originals = []
     for i in range(8):
         out = io.BytesIO()

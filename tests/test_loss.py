@@ -46,8 +46,7 @@ def test_masked_columns_are_ignored():
     positive = torch.randn(3, dtype=torch.float64)
     negatives = torch.randn(3, 6, dtype=torch.float64)
     masked = torch.cat([negatives, torch.full((3, 2), -math.inf, dtype=torch.float64)], 1)
-    expected = info_nce(positive, negatives, .1)
-    assert abs(info_nce(positive, masked, .1) - expected) < 1e-12
+    assert info_nce(positive, masked, .1) == info_nce(positive, negatives, .1)
 
 
 def test_loss_is_computed_in_float32_or_higher():

@@ -101,6 +101,12 @@ def test_all_columns_of_an_image_start_from_the_same_network_and_noise():
     assert not torch.equal(dip_inversion.Panels(1, 1, 32, 1).noise, alone.noise)
 
 
+def test_equal_columns_give_equal_pre_images(in_double):
+    x_rec, error = inverted([column("h"), column("h")], torch.rand(2, 3, 32, 32), 3, seed=0)
+    assert torch.allclose(x_rec[0], x_rec[1], atol=1e-9)
+    assert torch.allclose(error[0], error[1], rtol=1e-9)
+
+
 def test_the_gradient_reaches_only_r_and_the_error_falls():
     encoder = small_encoder()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
