@@ -141,7 +141,7 @@ def examples(what, feature, encoder, images, cache, options):
 
 
 def predict(what, feature, encoder, splits, options, seed):
-    """The quick probe of a feature for the target `what`: a dict as from `evaluate.quick_probe`.
+    """The quick probe of a feature for the target `what`, as a dict like `evaluate.quick_probe`'s.
 
     It also holds `guess`, the accuracy of a constant guess in percent, and `knn` for `class`.
     `splits` are two pairs (images, cache), for training and for the test.

@@ -25,7 +25,7 @@ def info_nce(positive, negatives, temperature):
 
     `positive` p (N,) holds the dot products of unit-length z1 and z2, `negatives` n (N, K) those of
     z1 and g_phi(f_phi(x_i^-)); entries of -inf are ignored. sim of Eq. (1) is their quotient by the
-    temperature t. Computed in float32 or higher. If all are equal, the loss is log(1 + K).
+    temperature t. It is computed in float32 or float64. If all are equal, the loss is log(1 + K).
     """
     positive, negatives = precise(positive) / temperature, precise(negatives) / temperature
     return (torch.logaddexp(positive, negatives.logsumexp(1)) - positive).mean()

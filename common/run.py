@@ -212,8 +212,8 @@ class Run:
         epoch_ends = self.step % self.steps_per_epoch == 0
         epoch, at_end = self.step // self.steps_per_epoch, self.step == self.total_steps
         due = epoch_ends and (epoch % self.eval_every == 0 or at_end)
-        # Saving takes at most 5 % of the time, and is due after `save_minutes` at the latest. The
-        # process that saves decides.
+        # Saving takes at most 5 % of the time, and is due after `save_minutes` at the latest. Only
+        # rank 0 knows how long saving takes, so it decides.
         unsaved = time.time() - self.last_save                  # seconds
         late = unsaved >= 60 * self.save_minutes
         late |= epoch_ends and unsaved >= 20 * self.save_seconds

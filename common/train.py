@@ -198,7 +198,7 @@ def check_batch(n_images, batch_size, bn_group=2):
         return
     group, flag = bn_group, ""
     if bn_group > 2 and most < 2 * world * bn_group:
-        group = max(2, most // (2 * world))     # two groups at least, or shuffling has no effect
+        group = max(2, most // (2 * world))     # shuffling needs two groups or more
         flag = f"--bn-group {group} "
     problem = f"does not divide into groups of {bn_group} images on {world} process(es)"
     if batch_size > n_images:

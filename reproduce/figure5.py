@@ -16,7 +16,7 @@ import moco_v2
 from common import UserError, checkpoint, data, evaluate, train
 from common.loss import unit
 
-QUERIES = 256                                   # whose sampled ranks are counted
+QUERIES = 256                                   # in the histogram of sampled ranks
 CPU = torch.device("cpu")
 
 

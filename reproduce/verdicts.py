@@ -56,7 +56,7 @@ KINDS = {"positive": (0., math.inf, LEVEL / 2),
 ADDED_CELLS, TYPICAL_DF = 4, 4.
 # A cell's spread is an outlier below this p-value of the F-test: with two seeds, with more.
 OUTLIER = .3, .015
-# The same for a contrast of paired samples or any other in which one cell has most of the weight.
+# The same for paired samples, and for contrasts in which one cell has most of the weight.
 OUTLIER_ALONE = .5, .3
 
 # Prior variance and degrees of freedom; of the place's cells: the sum of squared residuals, its
