@@ -223,8 +223,10 @@ def load_encoder(path, arch=None, seed=0):
         raise UserError(f"{path}: its settings lack arch")
     if arch not in (None, settings["arch"]):
         raise UserError(f"{path}: is a {settings['arch']}, not --arch {arch}")
-    f = resnet(settings["arch"])
-    encoder = Encoder(f, mlp_from(saved["g"], f.width))
+    with torch.device("meta"):                  # no initial weights: all are loaded
+        f = resnet(settings["arch"])
+        encoder = Encoder(f, mlp_from(saved["g"], f.width))
+    encoder.to_empty(device="cpu")
     load_state(f, saved["f"], f"{path}: f")
     load_state(encoder.g, saved["g"], f"{path}: g")
     return encoder, settings

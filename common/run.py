@@ -296,7 +296,10 @@ class Run:
         entries = self.events.entries()
         panels = [name for name in self.panels if any(name in entry for entry in entries)]
         rows = -(-len(panels) // 3)
-        figure = Figure(figsize=(12, 3.4 * rows), layout="constrained")
+        height = 3.4 * rows                                     # inches
+        figure = Figure(figsize=(12, height))
+        # Fixed margins: a layout that fits the labels takes as long as all else.
+        figure.subplots_adjust(.05, .5 / height, .98, 1 - .7 / height, hspace=.4)
         axes = figure.subplots(rows, 3, squeeze=False).flat
         for axis in axes[len(panels):]:
             axis.axis("off")

@@ -267,8 +267,9 @@ def runs(items, place, seeds, rows=None):
     found = {}
     for (item, row, _), (name, script, flags, *_) in cells(place.scale).items():
         for seed in seeds if item in items and row in (rows or [row]) else ():
-            run = found[f"{name}-seed{seed}"] = place.run(script, flags, seed)
-            settings(*run, base_scale(place.scale))                   # parses the flags
+            if f"{name}-seed{seed}" not in found:
+                run = found[f"{name}-seed{seed}"] = place.run(script, flags, seed)
+                settings(*run, base_scale(place.scale))         # parses the flags
     return found
 
 
@@ -305,13 +306,15 @@ def probes(script, flags, scale):
 
 def processes(script, flags, scale):
     """The largest number of GPUs over which a batch divides into whole groups; 1 without GPUs."""
+    if torch.cuda.device_count() < 2:
+        return 1
     if script == "voc_detection":
         args = importlib.import_module("reproduce.voc_detection").SCALES[
             "voc" if scale == "imagenet" else "scenes"]
     else:
         args = json.loads(settings(script, flags, base_scale(scale)))
-    return max((n for n in range(1, torch.cuda.device_count() + 1)
-                if args["batch_size"] % (n * args.get("bn_group", 1)) == 0), default=1)
+    return max(n for n in range(1, torch.cuda.device_count() + 1)
+               if n == 1 or args["batch_size"] % (n * args.get("bn_group", 1)) == 0)
 
 
 def commands(name, script, flags, place):

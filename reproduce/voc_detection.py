@@ -256,8 +256,9 @@ def settings(argv, scale):
     args.arch, file = saved["arch"], Path(args.encoder)
     args.normalisation = saved.get("normalisation", saved.get("scale", args.normalisation))
     args.encoder_fingerprint = fingerprint(encoder.f)
-    f = resnet(args.arch, norm=GlobalBatchNorm)
-    f.load_state_dict(encoder.f.state_dict())
+    with torch.device("meta"):                  # no initial weights
+        f = resnet(args.arch, norm=GlobalBatchNorm)
+    f.load_state_dict(encoder.f.state_dict(), assign=True)
     if file.is_file():
         args.out, args.encoder = args.out or file.parent / "detection", str(file.resolve())
     args.out = args.out or f"runs/voc_detection-{scale}-{args.encoder}".replace(":", "-")

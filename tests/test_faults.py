@@ -502,7 +502,7 @@ def mutated(content, rng, header):
 
 
 def test_mutated_jpegs_do_no_harm(tmp_path, long):
-    """Read by a worker process: no crash, no hang, bounded memory."""
+    """Read by worker processes: no crash, no hang, bounded memory."""
     rng, count = np.random.default_rng(0), 20000 if long else 4000
     originals = []
     for i in range(8):
@@ -519,7 +519,7 @@ def test_mutated_jpegs_do_no_harm(tmp_path, long):
     replaced = seen = 0
     keys = [[(i, rng.random((1, 22))) for i in range(start, min(start + 50, count))]
             for start in range(0, count, 50)]
-    for index, _ in DataLoader(files, batch_sampler=keys, num_workers=1, timeout=60):
+    for index, _ in DataLoader(files, batch_sampler=keys, num_workers=2, timeout=60):
         replaced += int((index != torch.arange(seen, seen + len(index))).sum())
         seen += len(index)
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 10

@@ -399,7 +399,7 @@ def elsewhere(kind, width=2048):
     state = {}
     for name, tensor in net.state_dict().items():
         state[f"module.encoder_q.{name}"] = tensor
-        state[f"module.encoder_k.{name}"] = torch.zeros_like(tensor)
+        state[f"module.encoder_k.{name}"] = torch.zeros(()).expand_as(tensor)    # a small file
     state["module.queue"] = torch.randn(128, 64)
     state["module.queue_ptr"] = torch.zeros(1, dtype=torch.long)
     return net, {"epoch": 200, "arch": "resnet50", "state_dict": state,

@@ -32,6 +32,7 @@ from reproduce import figure5, plan, voc_detection
 
 TINY = ("--arch", "resnet10", "--batch-size", "8", "--bn-group", "4", "--K", "20",
         "--epochs", "3", "--out", "out")
+SCRIPTS = (moco_v2, simclr, instdisc, linear_probe, dip_inversion, tsne_aug)
 CPU = torch.device("cpu")
 ONE = {"OMP_NUM_THREADS": "1"}          # runs are bit-identical with the same number of threads
 
@@ -425,21 +426,38 @@ def test_bad_input_of_the_probe_gets_one_line(small, tmp_path, monkeypatch):
         assert line in refused(linear_probe, *argv)
 
 
-def test_a_message_reaches_the_user_without_a_traceback(tmp_path, capsys):
-    done = run("moco_v2.py", "nowhere", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("nowhere: no such folder; expected")
+DRY_RUN = "import sys; from reproduce import __main__ as r; r.train.launch(r.main, sys.argv[1:])"
+IMPORT = (f"import sys, {', '.join(script.__name__ for script in SCRIPTS)}\n"
+          "print([m for m in sys.modules if m in ('matplotlib', 'scipy.stats')])")
+
+
+@pytest.fixture(scope="module")
+def started():
+    """Processes, started together, because each takes seconds to import PyTorch."""
+    words = {"message": [ROOT / "moco_v2.py", "nowhere"],
+             "dry run": ["-uc", DRY_RUN, "all", "--dry-run"], "import": ["-c", IMPORT]}
+    jobs = {name: subprocess.Popen([sys.executable, *argv], cwd=ROOT, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for name, argv in words.items()}
+    yield jobs
+    for job in jobs.values():
+        job.kill()
+        job.communicate()
+
+
+def test_a_message_reaches_the_user_without_a_traceback(started, capsys):
+    _, err = started["message"].communicate(timeout=240)
+    assert started["message"].returncode == 1 and err.count("\n") == 1
+    assert err.startswith("nowhere: no such folder; expected")
     with pytest.raises(SystemExit) as end:
         moco_v2.flags().parse_args(["--K", "0"])
     assert end.value.code == 2 and capsys.readouterr().err == (
         "moco_v2.py: argument --K: 0: expected a whole number, 1 or more\n")
 
 
-def test_output_that_nobody_reads_any_more_gets_one_line():
+def test_output_that_nobody_reads_any_more_gets_one_line(started):
     """As in `python -m reproduce all --dry-run | head`."""
-    code = "import sys; from reproduce import __main__ as r; r.train.launch(r.main, sys.argv[1:])"
-    job = subprocess.Popen([sys.executable, "-uc", code, "all", "--dry-run"], cwd=ROOT, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job = started["dry run"]
     assert job.stdout.readline().startswith("# scale imagenet")
     job.stdout.close()
     assert job.stderr.read() == "the program that read the output has ended\n"
@@ -448,7 +466,6 @@ def test_output_that_nobody_reads_any_more_gets_one_line():
 
 # The documented commands
 
-SCRIPTS = (moco_v2, simclr, instdisc, linear_probe, dip_inversion, tsne_aug)
 PARSERS = {f"{script.__name__}.py": script.flags().parse_args for script in SCRIPTS}
 PARSERS |= {"benchmark.py": benchmark.parse_args, "reproduce": reproduce.parse,
             "reproduce.figure5": figure5.flags().parse_args,
@@ -533,14 +550,10 @@ def test_the_readmes_own_loop_trains_and_its_encoder_is_read(tmp_path, monkeypat
     assert torch.equal(names["h"], again)
 
 
-def test_help_is_quick_to_import():
+def test_help_is_quick_to_import(started):
     """pyplot and scipy.stats take seconds; they are imported where they are used."""
-    names = ", ".join(script.__name__ for script in SCRIPTS)
-    code = (f"import sys, {names}\n"
-            "print([m for m in sys.modules if m in ('matplotlib', 'scipy.stats')])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          check=True)
-    assert done.stdout.strip() == "[]"
+    out, err = started["import"].communicate(timeout=240)
+    assert out.strip() == "[]", err
 
 
 def test_the_benchmark_runs(tmp_path, capsys):
