@@ -26,7 +26,7 @@ import collections
 from reproduce import plan, verdicts
 
 FIRST_SEED = 10                 # runs with lower seeds are older than the rules, or exploratory
-N_SEEDS = {"cifar10-laptop": 3, "textures": 3}      # elsewhere: all that there are, two or more
+N_SEEDS = {"cifar10-laptop": 3, "textures": 3}      # elsewhere: all seeds, two or more
 # Cells that belong only to these items have two seeds.
 TWO_SEEDS = {"cifar10-laptop": ("table2a", "table2b", "supervised", "figure4")}
 UNTRAINED = "section3", "untrained, h", "class"
@@ -161,7 +161,7 @@ def keys_of(claim, scale):
             if column == "middle K":
                 column = columns[len(columns) // 2]
             keys.append((claim.item, row, column or columns[0]))
-        if keys[0] != keys[1]:                                  # else a cell against itself
+        if keys[0] != keys[1]:                                  # not a cell against itself
             found.append(keys)
     return found
 

@@ -306,15 +306,16 @@ def probes(script, flags, scale):
 
 def processes(script, flags, scale):
     """The largest number of GPUs over which a batch divides into whole groups; 1 without GPUs."""
-    if torch.cuda.device_count() < 2:
+    gpus = torch.cuda.device_count()
+    if gpus < 2:
         return 1
     if script == "voc_detection":
         args = importlib.import_module("reproduce.voc_detection").SCALES[
             "voc" if scale == "imagenet" else "scenes"]
     else:
         args = json.loads(settings(script, flags, base_scale(scale)))
-    return max(n for n in range(1, torch.cuda.device_count() + 1)
-               if n == 1 or args["batch_size"] % (n * args.get("bn_group", 1)) == 0)
+    return max((n for n in range(1, gpus + 1)
+                if args["batch_size"] % (n * args.get("bn_group", 1)) == 0), default=1)
 
 
 def commands(name, script, flags, place):

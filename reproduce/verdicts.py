@@ -163,7 +163,7 @@ def paired(first, second):
 
 
 def p_above(found, bound):
-    """One-sided p-value for a contrast above `bound`; 1 without any spread to judge by."""
+    """One-sided p-value for a contrast above `bound`; 1 if there is no spread."""
     if not found.error:
         return 1.
     return float(special.stdtr(found.df, (bound - found.value) / found.error))
