@@ -90,8 +90,8 @@ def train_step(moco, optimizer, x1, x2, permutation, step, ranks=None):
     """One step of MoCo on N images; returns the loss. Updates encoders, optimizer and queue.
 
     x1 (N, 3, H, W) are first views; x2 (N, 3, H, W) are second views after `shuffle`. `ranks`
-    (N, K): indices into the queue, sorted by descending similarity to the query; default: the whole
-    queue.
+    (N, K) are the ranks of the negatives to use when the keys of the queue are sorted by their
+    similarity to the query (0: the most similar one). By default, all keys are used.
     The released code updates the momentum encoder before it computes the keys. Doing it after the
     optimizer step gives the same keys, because both encoders are equal before the first step.
     """
@@ -110,33 +110,33 @@ def train_step(moco, optimizer, x1, x2, permutation, step, ranks=None):
     return loss.detach()
 
 
-def rank_distribution(kind, K, skew, spread):
+def rank_distribution(kind, K, skew, skew_scale):
     """Cumulative distribution (K,) of the ranks of sampled negatives (Sec. 5, Figure 5).
 
     Rank 0 is the key most similar to the query. `hard`: a skew-normal distribution with shape
-    `skew` and scale `spread` K, truncated to the queue: mostly hard and semi-hard keys. `hardest`:
-    uniform over the most similar tenth. `random`: uniform. `queue`: returns None, all keys are
-    used. The paper gives no parameters; 4 and 1/4 are our choice. Raises UserError if almost all of
-    the skew-normal distribution lies outside the queue.
+    `skew` and scale `skew_scale` K, truncated to the queue: mostly hard and semi-hard keys.
+    `hardest`: uniform over the most similar tenth. `random`: uniform. `queue`: returns None, all
+    keys are used. The paper gives no parameters; 4 and 1/4 are our choice. Raises UserError if
+    almost all of the skew-normal distribution lies outside the queue.
     """
     edges = np.arange(K + 1)
     if kind == "queue":
         return None
     if kind == "hard":
         from scipy.stats import skewnorm                        # slow to import
-        cdf = skewnorm.cdf(edges, skew, scale=spread * K)
+        cdf = skewnorm.cdf(edges, skew, scale=skew_scale * K)
         if not cdf[-1] - cdf[0] > 1e-6:
-            raise UserError(f"--skew {skew:g} --skew-scale {spread:g}: no rank of the queue is "
-                            "left to sample; try 4 and .25")
+            raise UserError(f"--skew {skew:g} --skew-scale {skew_scale:g}: no rank of the queue "
+                            "is left to sample; try 4 and .25")
     else:
         cdf = np.minimum(edges / (math.ceil(K / 10) if kind == "hardest" else K), 1.)
     return torch.from_numpy(((cdf[1:] - cdf[0]) / (cdf[-1] - cdf[0])).astype(np.float32))
 
 
 def draw_ranks(cdf, batch, seed, step):
-    """K ranks (N, K) with distribution function cdf (K,) for this process's part of the batch.
+    """Ranks (N, K) for this process's N images of a global batch, drawn from `cdf` (K,).
 
-    With replacement, so that the number of negatives stays K.
+    K ranks per image, with replacement, so that the number of negatives stays K.
     """
     u = augment.uniform((batch, len(cdf)), cdf.device, "ranks", seed, step)
     return torch.searchsorted(cdf, u[ddp.rows(batch)], right=True).clamp_(max=len(cdf) - 1)

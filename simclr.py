@@ -78,7 +78,8 @@ def chunked_step(encoder, embed, no_sync, optimizer, views, N, parts, temperatur
     `views(part)` returns x1, x2 of the images `part`, a slice of this process's N, and must return
     the same at both calls. `no_sync` is DDP's context without gradient synchronisation.
     """
-    # Every parts-th image, so that the parts of W processes together are those of one process.
+    # Part i holds each process's images i, i + parts, ...: over all processes, the same images as
+    # with one process.
     slices, z = [slice(i, None, parts) for i in range(parts)], None
     statistics = running_statistics(encoder)
     before, mean = [s.clone() for s in statistics], [torch.zeros_like(s) for s in statistics]

@@ -24,8 +24,9 @@ def info_nce(positive, negatives, temperature):
     """InfoNCE, Eq. (1): the mean over rows of -log(exp(p/t) / (exp(p/t) + sum_i exp(n_i/t))).
 
     `positive` p (N,) holds the dot products of unit-length z1 and z2, `negatives` n (N, K) those of
-    z1 and g_phi(f_phi(x_i^-)); entries of -inf are ignored. sim of Eq. (1) is their quotient by the
-    temperature t. It is computed in float32 or float64. If all are equal, the loss is log(1 + K).
+    z1 and g_phi(f_phi(x_i^-)); entries of -inf are ignored. sim of Eq. (1) is a dot product
+    divided by the temperature t. The loss is computed in float32 or float64. If all similarities
+    are equal, it is log(1 + K).
     """
     positive, negatives = precise(positive) / temperature, precise(negatives) / temperature
     return (torch.logaddexp(positive, negatives.logsumexp(1)) - positive).mean()

@@ -159,11 +159,12 @@ def test_claims_are_judged_by_their_cells():
         "20 % to 100 %": [64., 64.4, 64.2], "2 % to 10 %": [47., 47.4, 47.2]})
     assert crops.estimate == pytest.approx(6) and crops.verdict == "shown"
     # Blur adds 3 points and the head 5; the cell of the baseline counts twice.
-    blur = judged("with few negatives, adding blur gains less than the head", {
+    blur = judged("with few negatives, the head gains more than blur", {
         "MoCo v2 | K = 16": higher, "with blur | K = 16": [68.1, 68.5, 68.4],
         "(a) no MLP | K = 16": [60.1, 60.5, 60.4]})
     assert blur.estimate == pytest.approx(2) and blur.verdict == "shown"
-    assert judged("with few negatives, blur matters less than the head", {}) is None    # n/a
+    no_such_row = judged("with few negatives, removing the head costs more than removing blur", {})
+    assert no_such_row is None
 
 
 def test_a_collapse_is_the_loss_of_half_of_the_gain():
@@ -290,7 +291,7 @@ def test_the_gain_over_the_length_of_training_is_drawn_and_judged(root):
     with Image.open(place.folder / "length.png") as picture:
         assert picture.size[0] > 700
     text = (place.folder / "claims.md").read_text()
-    assert re.search(r"the gain by the head grows .* \+[34]\.\d ± \d\.\d .* shown", text), text
+    assert re.search(r"the gain from the head grows .* \+[34]\.\d ± \d\.\d .* shown", text), text
 
 
 def test_readme_cells_are_the_runs_of_their_setting(root):
