@@ -118,10 +118,10 @@ SCALES = {
     "imagenet": dict(INSTDISC, arch="resnet50", size=224, epochs=100, long_epochs=200,
                      weight_decay=1e-4, temperature=.07),
     "cifar10": dict(INSTDISC, stack="instdisc_cifar10", arch="resnet18-3x3", size=32, epochs=200,
-                    long_epochs=200, batch_size=128, weight_decay=5e-4, temperature=.1),
+                    batch_size=128, weight_decay=5e-4, temperature=.1),
     # With the released learning rate of .03 nothing is learned here: an epoch has 156 steps, and
     # features change faster than the bank is updated.
-    "textures": dict(INSTDISC, arch="resnet10", size=32, epochs=24, long_epochs=24, batch_size=64,
+    "textures": dict(INSTDISC, arch="resnet10", size=32, epochs=24, batch_size=64,
                      base_lr=.003, warmup=150, weight_decay=5e-4, K=1024, temperature=.2,
                      n_evals=4),
 }

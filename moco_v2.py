@@ -54,14 +54,13 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def momentum_update(self):
-        """phi <- m phi + (1 - m) theta for the trained parameters (He et al. 2020, Eq. (2)).
+        """phi <- m phi + (1 - m) theta (He et al. 2020, Eq. (2)).
 
-        Computed as phi + (1 - m) (theta - phi), which leaves equal parameters exactly equal. The
-        momentum encoder keeps its own batch statistics.
+        Computed as phi + (1 - m) (theta - phi), which leaves equal parameters, as those of a fixed
+        head, exactly equal. The momentum encoder keeps its own batch statistics.
         """
-        pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters())
-        phi, theta = zip(*[(k, q) for k, q in pairs if q.requires_grad])
-        torch._foreach_lerp_(list(phi), list(theta), 1 - self.m)
+        phi, theta = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
+        torch._foreach_lerp_(phi, theta, 1 - self.m)
 
     @torch.no_grad()
     def enqueue(self, k, step):
@@ -139,7 +138,7 @@ def draw_ranks(cdf, batch, seed, step):
     K ranks per image, with replacement, so that the number of negatives stays K.
     """
     u = augment.uniform((batch, len(cdf)), cdf.device, "ranks", seed, step)
-    return torch.searchsorted(cdf, u[ddp.rows(batch)], right=True).clamp_(max=len(cdf) - 1)
+    return torch.searchsorted(cdf, u[ddp.rows(batch)], right=True)     # u < 1 = cdf[-1]
 
 
 # Settings. SCALES has the defaults for each kind of data; a preset, a table's row, changes some.
@@ -151,10 +150,10 @@ SCALES = {
                      batch_size=256, base_lr=.03, warmup=0, weight_decay=1e-4, K=65536, m=.999,
                      temperature=.2, blur=True, n_evals=20),
     # K, m, temperature and weight decay of FAIR's CIFAR-10 demo
-    "cifar10": dict(MOCO_V2, arch="resnet18-3x3", size=32, epochs=200, long_epochs=200,
-                    batch_size=256, base_lr=.03, warmup=0, weight_decay=5e-4, K=4096, m=.99,
+    "cifar10": dict(MOCO_V2, arch="resnet18-3x3", size=32, epochs=200, batch_size=256,
+                    base_lr=.03, warmup=0, weight_decay=5e-4, K=4096, m=.99,
                     temperature=.1, blur=False, n_evals=20),
-    "textures": dict(MOCO_V2, arch="resnet10", size=32, epochs=12, long_epochs=12, batch_size=64,
+    "textures": dict(MOCO_V2, arch="resnet10", size=32, epochs=12, batch_size=64,
                      base_lr=.03, warmup=150, weight_decay=5e-4, K=1024, m=.99, temperature=.2,
                      blur=False, n_evals=4),
 }

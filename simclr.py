@@ -185,10 +185,10 @@ SCALES = {
     "imagenet": dict(SIMCLR, arch="resnet50", size=224, epochs=100, long_epochs=200,
                      batch_size=4096, base_lr=4.8, weight_decay=1e-4, temperature=.1, jitter=1.,
                      blur=True, n_evals=20),
-    "cifar10": dict(SIMCLR, arch="resnet18-3x3", size=32, epochs=200, long_epochs=200,
-                    batch_size=512, base_lr=2., weight_decay=1e-4, temperature=.5, jitter=.5,
+    "cifar10": dict(SIMCLR, arch="resnet18-3x3", size=32, epochs=200, batch_size=512,
+                    base_lr=2., weight_decay=1e-4, temperature=.5, jitter=.5,
                     blur=False, n_evals=20),
-    "textures": dict(SIMCLR, arch="resnet10", size=32, epochs=12, long_epochs=12, batch_size=64,
+    "textures": dict(SIMCLR, arch="resnet10", size=32, epochs=12, batch_size=64,
                      base_lr=.5, weight_decay=1e-4, temperature=.2, jitter=.5, blur=False,
                      n_evals=4, warmup_epochs=1),
 }

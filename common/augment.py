@@ -32,7 +32,7 @@ INDEXED = ("blur", "flip", "gray")              # drawn as the indices of the im
 GRAY = (.2989, .587, .114)                                      # ITU-R 601, as in PIL
 BLUR_SIGMA = (.1, 2.)                                           # pixels
 BLUR_RADIUS = 8                                                 # pixels: 4 sigma
-CACHED = 8 * 3 * 224 ** 2                                       # values that fit into a CPU's cache
+CPU_CACHE = 8 * 3 * 224 ** 2                                    # values that fit into a CPU's cache
 
 
 def generator(purpose, *key):
@@ -207,11 +207,12 @@ class Augment(nn.Module):
         rng, shape = generator("augment", self.seed, step), (views, batch)
         chance = dict(zip(("jitter", "blur", "flip", "gray"), rng.random((4, *shape))))
         chosen = {name: chance[name] < self.operations.get(name, 0) for name in chance}
+        jittered = chosen.pop("jitter")
         width = np.array(self.jitter)
         low, high = 1 - width, 1 + width                        # factors are uniform in between
         low[:3] = np.maximum(0, low[:3])
         factors = rng.uniform(low, high, (*shape, 4)) - (0, 0, 0, 1)
-        factors[~chosen.pop("jitter")] = (1, 1, 1, 0)
+        factors[~jittered] = (1, 1, 1, 0)
         sigma = rng.uniform(*BLUR_SIGMA, (views, 1) if self.simclr else shape)
         return {**chosen, "sigma": np.broadcast_to(sigma, shape).astype(np.float32),
                 "factors": factors.astype(np.float32),
@@ -249,7 +250,7 @@ class Augment(nn.Module):
 
     def _view(self, x, draw):
         # On a CPU, a few images at a time, which fit in its cache: nearly twice as fast.
-        size = max(1, CACHED // max(1, x[:1].numel()))
+        size = max(1, CPU_CACHE // max(1, x[:1].numel()))
         if x.device.type != "cpu" or len(x) <= size:
             return self.transform(x, draw)
         out = []

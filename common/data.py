@@ -27,7 +27,7 @@ EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # PIL would run Ghostscript for EPS
 SMALL = 64                                      # images up to this side (pixels) stay in memory,
 MAX_BYTES = 2 ** 32                             # if they all take at most this, in each process
-PIECE = 256                                     # images per task of a worker
+TASK_SIZE = 256                                 # images per task of a worker
 MAX_BROKEN = .01                                # share of unreadable images that stops a run
 
 
@@ -325,7 +325,7 @@ def views(images, n_views, *, size, area, batch, seed, start, stop, device, work
     Images and crops depend only on (seed, step). An unreadable image is reported and replaced by
     the next; raises UserError if more than 1 % are unreadable.
     """
-    def parts():
+    def own_batches():
         """This process's part of each global batch: indices (N,), uniform numbers (N, V, 22)."""
         n = len(images)
         for step in range(start, stop):
@@ -337,21 +337,21 @@ def views(images, n_views, *, size, area, batch, seed, start, stop, device, work
             yield index[mine], u[mine]
     if images.pixels is not None:
         pixels = images.pixels.to(device)
-        for step, (index, u) in enumerate(parts(), start):
+        for step, (index, u) in enumerate(own_batches(), start):
             yield step, *_crops_in_memory(pixels, index, u, size, area)
         return
-    batches, planned = itertools.tee(parts())
+    batches, planned = itertools.tee(own_batches())
     # Batches are split into tasks, so that all workers share a large one.
     tasks = (task for index, u in batches
-             for task in BatchSampler(list(zip(index.tolist(), u)), PIECE, drop_last=False))
+             for task in BatchSampler(list(zip(index.tolist(), u)), TASK_SIZE, drop_last=False))
     pieces = _read(images.files, functools.partial(_crops, size=size, area=area), tasks, workers,
                    device.type == "cuda")
     # A part without images has no tasks.
     empty = torch.empty(0, dtype=torch.int64), torch.empty(0, n_views, 3, size, size).byte()
     for step, (index, _) in enumerate(planned, start):
-        n_pieces = math.ceil(len(index) / PIECE)
-        read, x = (torch.cat([part.to(device, non_blocking=True) for part in parts])
-                   for parts in zip(empty, *itertools.islice(pieces, n_pieces)))
+        n_pieces = math.ceil(len(index) / TASK_SIZE)
+        read, x = (torch.cat([part.to(device, non_blocking=True) for part in tensors])
+                   for tensors in zip(empty, *itertools.islice(pieces, n_pieces)))
         yield step, x.transpose(0, 1), read
 
 
@@ -361,7 +361,7 @@ def _crops_in_memory(pixels, index, u, size, area):
     boxes = augment.crop_boxes(*pixels.shape[2:], np.concatenate(u.transpose(1, 0, 2)), area)
     chosen = torch.from_numpy(index).repeat(n_views)
     sent = ddp.send({"boxes": torch.from_numpy(boxes), "chosen": chosen}, pixels.device)
-    parts = zip(sent["chosen"].split(8 * PIECE), sent["boxes"].split(8 * PIECE))
+    parts = zip(sent["chosen"].split(8 * TASK_SIZE), sent["boxes"].split(8 * TASK_SIZE))
     x = torch.cat([augment.crop_resize(pixels[i], box, size) for i, box in parts])
     return x.unflatten(0, (n_views, -1)), sent["chosen"][:len(index)]
 

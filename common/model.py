@@ -106,11 +106,9 @@ class Encoder(nn.Module):
             return nn.Identity()
         if feature == "z":
             return self.g
-        layers = []
-        for layer in self.g.children():
-            layers.append(layer)
+        for i, layer in enumerate(self.g.children(), 1):
             if isinstance(layer, nn.ReLU):
-                return nn.Sequential(*layers)
+                return self.g[:i]
         raise UserError("--feature hidden: the head of this encoder has no hidden layer")
 
     def width(self, feature="h"):

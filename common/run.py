@@ -215,14 +215,14 @@ class Run:
         # Saving takes at most 5 % of the time, and is due after `save_minutes` at the latest. Only
         # rank 0 knows how long saving takes, so it decides.
         unsaved = time.time() - self.last_save                  # seconds
-        late = unsaved >= 60 * self.save_minutes
-        late |= epoch_ends and unsaved >= 20 * self.save_seconds
-        late &= ddp.rank() == 0
-        # All processes have the same values here, except for `late` and stop requests. So they ask
-        # each other at the same steps.
+        overdue = unsaved >= 60 * self.save_minutes
+        overdue |= epoch_ends and unsaved >= 20 * self.save_seconds
+        overdue &= ddp.rank() == 0
+        # All processes have the same values here, except for `overdue` and stop requests. So they
+        # ask each other at the same steps.
         ask = epoch_ends or self.step % self.stop_every == 0
         stop = self.step == self.end or (ask and ddp.any_process(self.stop_requested, self.device))
-        save = stop or due or (ask and ddp.any_process(late, self.device))
+        save = stop or due or (ask and ddp.any_process(overdue, self.device))
         logged = save or epoch_ends or self.step % LOG_EVERY == 0
         if logged or time.time() - self.last_print > SHOW_EVERY:
             self._report(logged)

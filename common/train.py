@@ -93,13 +93,13 @@ def settings(flags, argv, scale, scales, presets):
     """Parse `argv` with the defaults of `scales[scale]` and of the preset; returns a Namespace.
 
     Flags override presets, presets override scales. A scale's `base_lr` is the learning rate at its
-    `batch_size`; `lr` follows from it by the rule `scaling`. Its `long_epochs` is the length of
-    presets with `long`. Raises UserError if the range `crop` is empty.
+    `batch_size`; `lr` follows from it by the rule `scaling`. Its `long_epochs`, if given, is
+    the length of presets with `long`. Raises UserError if the range `crop` is empty.
     """
     defaults = {"script": flags.prog.removesuffix(".py"), "scale": scale, "normalisation": scale,
                 "scaling": "linear", **scales[scale], **presets[flags.parse_args(argv).preset]}
     base_lr, base_batch = defaults.pop("base_lr"), scales[scale]["batch_size"]
-    long_epochs = defaults.pop("long_epochs", None)
+    long_epochs = defaults.pop("long_epochs", defaults["epochs"])
     if defaults.pop("long", False):
         defaults["epochs"] = long_epochs
     flags.set_defaults(**defaults)

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 from pathlib import Path
 
@@ -232,8 +233,7 @@ def cells(scale):
     found, known = {}, {}
     for item, rows in ROWS.items():
         for row, (command, *numbers) in rows.items():
-            names = columns(item, scale)
-            for column, paper in zip(names, [*numbers, *[None] * len(names)]):
+            for column, paper in itertools.zip_longest(columns(item, scale), numbers):
                 script, *flags = command.split()
                 if column == "supervised" and script != "linear_probe":
                     script, flags = "linear_probe", ["--train", "all", *flags]
@@ -273,7 +273,7 @@ def runs(items, place, seeds, rows=None):
     return found
 
 
-def features(script, flags):
+def features(flags):
     """The features that are probed: all three for the preset table1 and quick probes, else h."""
     return ["h", "hidden", "z"] if "table1" in flags or "--quick" in flags else ["h"]
 
@@ -296,7 +296,7 @@ def probes(script, flags, scale):
     if "--train" in flags:
         return {"h": ["result.json"]}
     found = {}
-    for feature in features(script, flags):
+    for feature in features(flags):
         quick = f"quick-{feature}.json" if "--quick" in flags else f"probe/quick-{feature}.json"
         found[feature] = [quick] if questions(flags, scale) else []
         if scale == "imagenet" and "--quick" not in flags:
@@ -338,7 +338,7 @@ def commands(name, script, flags, place):
     command = [*python, f"{script}.py", *place.data, *flags, "--out", place.run_folder(name)]
     if "--train" in flags:
         return [command]
-    probed, asked = features(script, flags), questions(flags, place.scale)
+    probed, asked = features(flags), questions(flags, place.scale)
     quick = ["--feature", *probed, "--predict", *asked]
     if "--quick" in flags:
         return [[*command, *quick]]

@@ -106,12 +106,7 @@ def table(item, place, found):
 
     The table of Section 3 has neither differences to the first row nor the paper's numbers.
     """
-    rows = rows_run(item, found)
-    if item == "section3":
-        lines = [["", *plan.PREDICTIONS], ["---"] * (1 + len(plan.PREDICTIONS))]
-        lines += [[row, *(show(found[item, row, column], None) for column in plan.PREDICTIONS)]
-                  for row in rows]
-        return [f"| {' | '.join(line)} |" for line in lines]
+    rows, alone = rows_run(item, found), item == "section3"     # alone: without the paper's numbers
     cells, columns = plan.cells(place.scale), plan.columns(item, place.scale)
     first_row = next(iter(plan.ROWS[item]))
     shown = [["", "---", *rows]]                                # column by column
@@ -119,11 +114,11 @@ def table(item, place, found):
     for column, theirs in zip(columns, theirs + columns[len(theirs):]):
         ours = []
         for row in rows:
-            baseline = None if row == first_row else found[item, first_row, column]
+            baseline = None if alone or row == first_row else found[item, first_row, column]
             ours.append(show(found[item, row, column], baseline))
-        shown.append([f"{column}, ours", "---", *ours])
+        shown.append([column if alone else f"{column}, ours", "---", *ours])
         papers = [str(cells[item, row, column].paper or "") for row in rows]
-        if any(papers):
+        if any(papers) and not alone:
             shown.append([f"{theirs}, the paper", "---", *papers])
     return [f"| {' | '.join(line)} |" for line in zip(*shown)]
 
@@ -239,7 +234,7 @@ def places():
     found = {scale: plan.Place(scale, scale) for scale in (*plan.PLACEHOLDER, *plan.NAMED)}
     for path in sorted(plan.ROOT.glob("results/*/runs/*.json")):
         name, run = path.parts[-3], kept_run(path)
-        found[name] = plan.Place(name, run.get("scale", run["settings"]["scale"]))
+        found[name] = plan.Place(name, run["scale"])
     return found.values()
 
 
@@ -262,11 +257,12 @@ def rows_run(item, found):
 
 def probed(item, place, found):
     """{(run, feature, question)} of an item's results, without the first row of Table 1."""
-    cells = plan.cells(place.scale)
-    first = cells["table1", "MoCo v2", "MoCo v2"]
-    keys = {cells[key][:1] + cells[key][-2:] for key, values in found.items()
-            if key[0] == item and values}
-    return keys - {first[:1] + first[-2:]}
+    def probe(key):
+        cell = plan.cells(place.scale)[key]
+        return cell.name, cell.feature, cell.question
+
+    return {probe(key) for key, values in found.items() if key[0] == item and values} \
+        - {probe(("table1", "MoCo v2", "MoCo v2"))}
 
 
 def judged(place):

@@ -63,10 +63,10 @@ OUTLIER_ALONE = .5, .3
 # degrees of freedom, and the median variance. Arrays of shape (..., 1).
 Prior = collections.namedtuple("Prior", "variance df squares pooled_df median")
 Contrast = collections.namedtuple("Contrast", "value error df")
-# `estimate` ± `half` is the interval of the decisive contrast; `all` lists those of all contrasts.
-# `p` is below LEVEL if the claim is decided. `n` lists the number of seeds of each cell. `seeds` is
-# how many per cell would resolve an unresolved claim: a number, ">100" or None.
-Verdict = collections.namedtuple("Verdict", "verdict estimate half p n seeds all")
+# `estimate` ± `half` is the interval of the decisive contrast. `p` is below LEVEL if the claim is
+# decided. `n` lists the number of seeds of each cell. `seeds` is how many per cell would resolve an
+# unresolved claim: a number, ">100" or None.
+Verdict = collections.namedtuple("Verdict", "verdict estimate half p n seeds")
 
 
 def trigamma_inverse(x):
@@ -78,7 +78,7 @@ def trigamma_inverse(x):
     return y
 
 
-def raised(variances, df, median):
+def without_zeros(variances, df, median):
     """Variances, with the 1 % quantile for a cell of the median variance in place of zero.
 
     Accuracies are multiples of one image, so that variances of exactly zero do occur.
@@ -87,22 +87,19 @@ def raised(variances, df, median):
     return np.where(variances > 0, variances, smallest)
 
 
-def fit(variances, df, added=ADDED_CELLS):
+def fit(variances, df):
     """The `Prior` of cells' variances with `df` degrees of freedom, arrays (..., cells).
 
-    Smyth 2004, Sec. 6.2, for unequal degrees of freedom as in limma's fitFDist. With `added` = 0,
-    the estimate is his, and `Prior.df` is infinite where variances differ no more than by chance.
+    Smyth 2004, Sec. 6.2, for unequal degrees of freedom as in limma's fitFDist, with ADDED_CELLS.
     """
     median = np.median(variances, axis=-1, keepdims=True)
-    variances = raised(variances, df, median)
+    variances = without_zeros(variances, df, median)
     logs = np.log(variances) - special.digamma(df / 2) + np.log(df / 2)
     others = variances.shape[-1] - 1
     excess = logs.var(axis=-1, ddof=1) - special.polygamma(1, df / 2).mean(axis=-1)
-    excess = others * np.maximum(excess, 0) + added * special.polygamma(1, TYPICAL_DF / 2)
-    excess = excess / (others + added)
-    # trigamma(y) is about 1 / y for a large y
-    half = np.where(excess > 1e-6, trigamma_inverse(np.maximum(excess, 1e-6)), math.inf)
-    offset = np.where(np.isinf(half), 0., special.digamma(half) - np.log(np.minimum(half, 1e300)))
+    excess = others * np.maximum(excess, 0) + ADDED_CELLS * special.polygamma(1, TYPICAL_DF / 2)
+    half = trigamma_inverse(excess / (others + ADDED_CELLS))
+    offset = special.digamma(half) - np.log(half)
     squares = (df * variances).sum(axis=-1, keepdims=True)
     return Prior(np.exp(logs.mean(axis=-1) + offset)[..., None], 2 * half[..., None], squares,
                  df.sum(axis=-1, keepdims=True), median)
@@ -110,8 +107,8 @@ def fit(variances, df, added=ADDED_CELLS):
 
 def shrink(variances, df, prior, outlier=OUTLIER):
     """Moderated variances of cells and their degrees of freedom; `prior` is that of their place."""
-    variances = raised(variances, df, prior.median)
-    own = df / (prior.df + df)                                  # 0 with an infinite prior.df
+    variances = without_zeros(variances, df, prior.median)
+    own = df / (prior.df + df)
     moderated = (1 - own) * prior.variance + own * variances
     others_df = prior.pooled_df - df
     others = np.minimum((prior.squares - df * variances) / others_df, prior.variance)
@@ -210,7 +207,7 @@ def judge(kind, contrasts, cells, prior=None):
     """
     n = [len(values) for values in cells]
     if min(n) < 2:
-        return Verdict("not run", None, None, None, n, None, [])
+        return Verdict("not run", None, None, None, n, None)
     bottom, top, tail = KINDS[kind]
     sides = LEVEL / tail
     found = [contrast(coefficients, cells, prior) for coefficients in contrasts]
@@ -224,9 +221,8 @@ def judge(kind, contrasts, cells, prior=None):
         verdict, decisive = "contradicted", outside.index(min(outside))
     else:
         seeds = seeds_needed(kind, contrasts, cells, prior)
-    intervals = [(each.value, half_width(each, tail)) for each in found]
-    return Verdict(verdict, *intervals[decisive], min(p_shown, p_contradicted, 1.), n, seeds,
-                   intervals)
+    value, half = found[decisive].value, half_width(found[decisive], tail)
+    return Verdict(verdict, value, half, min(p_shown, p_contradicted, 1.), n, seeds)
 
 
 def collapse(baseline, untrained, cell, prior=None):

@@ -188,7 +188,7 @@ def test_a_few_images_at_a_time_are_augmented_like_all_at_once(photos, monkeypat
     x = photos.expand(2, *photos.shape)
     stack = augment.Augment("moco_v2")
     whole = stack(x, 5)
-    monkeypatch.setattr(augment, "CACHED", photos[0].numel())
+    monkeypatch.setattr(augment, "CPU_CACHE", photos[0].numel())
     for a, b in zip(whole, stack(x, 5), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
