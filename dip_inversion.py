@@ -255,8 +255,8 @@ def flags():
     parser = train.Parser("dip_inversion.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("data", nargs="?", metavar="DATA", help="folder of images (default: the built-in textures)")
-    add("--no-head", metavar="FILE", help="encoder without MLP head (default: run of table1a)")
-    add("--head", metavar="FILE", help="encoder with MLP head (default: run of table1)")
+    add("--no-head", metavar="FILE", help="encoder without an MLP head (default: run of table1a)")
+    add("--head", metavar="FILE", help="encoder with an MLP head (default: run of table1)")
     add("--n-images", type=train.COUNT, default=4, metavar="n",
         help="images of DATA; the picture shows four")
     add("--images", nargs="+", metavar="FILE", help="image files to use instead of DATA")

@@ -1,8 +1,8 @@
 """InstDisc: the negatives come from a memory bank. Sec. 5, Figure 4.
 
 A bank holds the latest feature of every image. A view of an image is compared with the image's own
-slot, its positive, and with K slots drawn anew for each image, its negatives (Wu et al. 2018). One
-view, one encoder, no queue.
+slot, its positive, and with K slots drawn for this image and step, its negatives (Wu et al. 2018).
+One view, one encoder, no queue.
 
     torchrun --nproc_per_node=8 instdisc.py IMAGENET --preset figure4 --K 4096
     python instdisc.py                                  # a laptop: built-in images, three minutes

@@ -172,7 +172,7 @@ def check_unchanged(module, before):
                             "that of a linear probe")
 
 
-# Settings. The probe: learning rate 30 for 256 images, divided by 10 at .6 and .8 of the epochs.
+# Settings. The probe: learning rate 30 at batch size 256, divided by 10 at .6 and .8 of the epochs.
 # Supervised: PyTorch's ImageNet recipe. Table 2: the augmentation of MoCo v2 at the same scale.
 
 PROBE = dict(head="none", stack="weak", jitter=.5, blur=False, crop=(.08, 1.), batch_size=256,

@@ -7,7 +7,7 @@ al. 2020; Chen et al. 2020c).
     torchrun --nproc_per_node=8 moco_v2.py IMAGENET     # Table 1, first row: ResNet-50, 100 epochs
     python moco_v2.py                                   # a laptop: built-in images, two minutes
     python moco_v2.py DATA --preset table3a --K 512     # one cell of Table 3; K is its column
-    (with torchrun, write --momentum for --m, which torchrun takes for one of its own flags)
+    (with torchrun, write --momentum instead of --m, which torchrun takes for a flag of its own)
 
 FAIR reports 53 hours on 8 V100 for 200 epochs of its code; the rows of Table 1 have 100 epochs.
 
@@ -56,8 +56,8 @@ class MoCo(nn.Module):
     def momentum_update(self):
         """phi <- m phi + (1 - m) theta (He et al. 2020, Eq. (2)).
 
-        Computed as phi + (1 - m) (theta - phi), which leaves equal parameters, as those of a fixed
-        head, exactly equal. The momentum encoder keeps its own batch statistics.
+        Computed as phi + (1 - m) (theta - phi), which leaves equal parameters exactly equal,
+        such as those of a fixed head. The momentum encoder keeps its own batch statistics.
         """
         phi, theta = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
         torch._foreach_lerp_(phi, theta, 1 - self.m)
@@ -198,8 +198,8 @@ def flags():
     add("--schedule", choices=("cosine", "steps"), help="learning rate schedule")
     add("--bn-group", type=train.SEVERAL, metavar="n", help="images that share batch statistics")
     add("--negatives", choices=("queue", "hard", "hardest", "random"),
-        help="queue: all keys; the others sample K of them: mostly hard and semi-hard ones; from "
-        "the most similar tenth; uniformly")
+        help="queue: all keys; the others sample K of them: hard: mostly hard and semi-hard ones; "
+        "hardest: from the most similar tenth; random: uniformly")
     add("--skew", type=train.number(float, "a number", math.isfinite), metavar="a",
         help="shape of the skew-normal distribution of --negatives hard")
     add("--skew-scale", type=train.POSITIVE, metavar="w",

@@ -110,8 +110,9 @@ def tsne(x, perplexity=30., seed=0, iterations=1000):
 def silhouette(x, labels):
     """Mean silhouette, -1 to 1, by Euclidean distance (Rousseeuw 1987).
 
-    That of a point is (b - a) / max(a, b), for its mean distances a to the others of its label and
-    b to the nearest other label. It is 0 if its label has no other point, or if a = b = 0.
+    The silhouette of a point is (b - a) / max(a, b), where a is its mean distance to the other
+    points of its label, and b that to the points of the nearest other label. It is 0 if its label
+    has no other point, or if a = b = 0.
     """
     member = one_hot(labels).to(x)
     count = member.sum(0)

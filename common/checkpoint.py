@@ -197,7 +197,7 @@ def load_encoder(path, arch=None, seed=0):
 
     g is the projection head; for supervised networks it is the classifier, and z are the logits.
     Raises UserError if a tensor is missing or has another shape (it names the first), if a file
-    holds another network than `arch`, and in the cases of `read`.
+    holds a network other than `arch`, and in the cases of `read`.
     """
     path = str(path)
     if path == "random":

@@ -115,7 +115,7 @@ def _open(path):
 
 
 def _cifar10(folder):
-    """The pickles are read by torchvision, which verifies their checksums before."""
+    """The pickles are read by torchvision, which verifies their checksums first."""
     class CIFAR10(torchvision.datasets.CIFAR10):
         base_folder = folder.name
 
@@ -179,10 +179,10 @@ def _read_files(root, what, splits, classes=None):
 
 
 def read_image(name):
-    """A file as RGB (3, H, W) uint8; of 16 bits, the upper 8. Ignores EXIF rotation, transparency.
+    """A file as RGB (3, H, W) uint8; EXIF rotation and transparency are ignored.
 
-    Raises what PIL raises, also for images above 179 million pixels, and ValueError for more than
-    16 bits.
+    Of 16 bits, the upper 8 are kept. Raises what PIL raises, also for images above 179 million
+    pixels, and ValueError for more than 16 bits.
     """
     with Image.open(os.fsdecode(name), formats=FORMATS) as image:
         # convert() would clip more than 8 bits.

@@ -122,7 +122,7 @@ def quick_probe(train, labels, test, test_labels, seed=0, copies=1):
     """
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     train, test = (train - mean) / std, (test - mean) / std
-    # Rotating features to their principal axes keeps the classifier; L-BFGS converges faster.
+    # The classifier is the same on features rotated to their principal axes; L-BFGS is faster.
     variance, axes = torch.linalg.eigh(train.T @ train / len(train))
     train, test, variance = train @ axes, test @ axes, variance.clamp(min=0)
     labels, test_labels = labels.to(train.device), test_labels.to(train.device)

@@ -70,9 +70,9 @@ def head(kind, width, dim=128):
 
 
 def mlp_from(state, width):
-    """The MLP on h (N, width) whose state dict has the names of `state`, to read a head back.
+    """The MLP on h (N, width) whose state dict has the names of `state`: restores a saved head.
 
-    Covers `nn.Sequential` of Linear, BatchNorm1d and ReLU layers; the latter have no entries in a
+    Covers `nn.Sequential` of Linear, BatchNorm1d and ReLU layers; ReLU layers have no entries in a
     state dict. An empty `state` gives the identity.
     """
     layers = []

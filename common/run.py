@@ -69,7 +69,7 @@ def differences(saved, settings):
     """
     paths = ("data", "encoder") if "encoder_fingerprint" in settings else ("data",)
     names = ["script"] if saved.get("script") != settings["script"] else {*saved, *settings}
-    return "; ".join(f"{name} {saved.get(name)} there, {settings.get(name)} here"
+    return "; ".join(f"{name} was {saved.get(name)}, is now {settings.get(name)}"
                      for name in sorted(names)
                      if name not in paths and saved.get(name) != settings.get(name))
 
@@ -148,7 +148,7 @@ class Run:
 
     def _recover(self):
         """Leave the newest intact checkpoint of this run at `path`; returns it, or None."""
-        # torchrun restarts a run with the same flags; it must not begin anew then.
+        # torchrun restarts a run with the same flags, which must not delete its checkpoints.
         if self.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             for name in ("checkpoint.pt", "previous.pt"):
                 (self.out / name).unlink(missing_ok=True)
@@ -156,14 +156,15 @@ class Run:
         try:
             saved, where, damage = checkpoint.newest(self.path)
         except UserError as error:
-            raise UserError(f"{error}; --fresh starts anew")
+            raise UserError(f"{error}; --fresh starts from scratch")
         if saved is None:
             if self.events.entries():
-                ddp.say(f"note: {self.out} has a log but no checkpoint; the run starts anew")
+                ddp.say(f"note: {self.out} has a log but no checkpoint; the run starts from "
+                        "scratch")
             return None
         different = differences(saved["settings"], self.settings)
         if not different and not 0 <= saved["step"] <= self.total_steps:
-            different = f"step {saved['step']} there, {self.total_steps} in all here"
+            different = f"it is at step {saved['step']}, this one ends at {self.total_steps}"
         if different:
             raise UserError(f"--out {self.out}: holds a run with other settings ({different}); "
                             "choose another, or --fresh to overwrite it")
@@ -219,10 +220,11 @@ class Run:
         overdue |= epoch_ends and unsaved >= 20 * self.save_seconds
         overdue &= ddp.rank() == 0
         # All processes have the same values here, except for `overdue` and stop requests. So they
-        # ask each other at the same steps.
-        ask = epoch_ends or self.step % self.stop_every == 0
-        stop = self.step == self.end or (ask and ddp.any_process(self.stop_requested, self.device))
-        save = stop or due or (ask and ddp.any_process(overdue, self.device))
+        # exchange these at the same steps.
+        exchange = epoch_ends or self.step % self.stop_every == 0
+        stop = exchange and ddp.any_process(self.stop_requested, self.device)
+        stop = stop or self.step == self.end
+        save = stop or due or (exchange and ddp.any_process(overdue, self.device))
         logged = save or epoch_ends or self.step % LOG_EVERY == 0
         if logged or time.time() - self.last_print > SHOW_EVERY:
             self._report(logged)

@@ -78,9 +78,9 @@ def add_run_flags(parser):
     add = parser.add_argument
     add("--fresh", action="store_true", help="overwrite the run that --out holds")
     add("--seed", type=NATURAL, default=0, metavar="n")
-    add("--max-steps", type=COUNT, metavar="n", help="stop after this step; the schedule stays")
+    add("--max-steps", type=COUNT, metavar="n", help="stop after step n; keep the full schedule")
     add("--save-minutes", type=NON_NEGATIVE, default=30., metavar="t",
-        help="save this often, besides each epoch's end (default: 30; 0: as often as possible)")
+        help="save at least every t minutes (default: 30; 0: as often as possible)")
     add("--batch-size", type=COUNT, metavar="n", help="images per step, over all processes")
     add("--lr", type=POSITIVE, help="learning rate (default: scaled with the batch size)")
     add("--warmup", type=NATURAL, metavar="STEPS", help="steps of linear warm-up")
@@ -138,7 +138,7 @@ def begin(flags, argv, scales, presets):
     if among and dataset.test is None and not (Path(args.data) / "train").is_dir():
         raise UserError(f"--out {args.out}: lies among the images of {args.data}; expected another "
                         "folder")
-    # Settings: with other images it is another run.
+    # As settings, because a run on other images is a different run.
     args.images, args.images_hash = len(dataset.train), dataset.hash
     return args, dataset, device
 
@@ -270,8 +270,8 @@ def launch(main, argv=None, less_memory=None, workers=False):
     """Call `main(argv)` and exit with its return value as exit code.
 
     Errors that the user can fix are printed as one line, with exit code 1. If memory runs out, the
-    line advises `less_memory`, the flags of the script that reduce it, and fewer `workers` too if
-    the script has that flag and it is the memory of the host.
+    line advises `less_memory`, the flags of the script that reduce it. If it is the memory of the
+    host and the script has the flag --workers (`workers`), it also advises fewer of them.
     """
     try:
         code = main(argv)

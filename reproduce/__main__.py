@@ -7,8 +7,8 @@
     python -m reproduce table1 CIFAR10 --as short --flags "--arch resnet10 --epochs 6"
 
 Trains each missing run (under torchrun if there are several GPUs), probes it, and keeps it as one
-file, results/PLACE/runs/NAME.json. Then writes results/README.md from these files. If it is stopped
-or killed, the same command continues. A setting that occurs in several tables is run once.
+file, results/CAMPAIGN/runs/RUN.json. Then writes results/README.md from these files. If it is
+stopped or killed, the same command continues. A setting that occurs in several tables is run once.
 """
 
 import dataclasses
@@ -53,33 +53,34 @@ def parse(argv):
         "synthetic scenes)")
     add("--flags", type=shlex.split, default=[], metavar="'--epochs n ...'",
         help="flags that are added to every run; needs --as")
-    add("--as", dest="place", metavar="NAME",
+    add("--as", dest="campaign", metavar="NAME",
         help="folder under results/ for these runs (default: named after the scale)")
     add("--collect", action="store_true", help="run nothing; only write results/README.md")
     add("--dry-run", action="store_true",
         help="print the commands; without DATA, those of all three scales")
     args = parser.parse_args(argv)
-    if args.flags and args.place in (None, "", *plan.PLACEHOLDER, *plan.NAMED):
+    if args.flags and args.campaign in (None, "", *plan.PLACEHOLDER, *plan.NAMED):
         parser.error("--flags: these runs differ from the scale's own; name another folder for "
                      "them with --as")
     return args
 
 
-def dry_run(place, runs, pictures):
-    """Print all commands of a place, each once."""
-    print(f"# scale {place.scale}: {len(runs)} runs")
-    commands = [words for name, run in runs.items() for words in plan.commands(name, *run, place)]
+def dry_run(campaign, runs, pictures):
+    """Print all commands of a campaign, each once."""
+    print(f"# scale {campaign.scale}: {len(runs)} runs")
+    commands = [words for name, run in runs.items()
+                for words in plan.commands(name, *run, campaign)]
     for line in dict.fromkeys(map(shlex.join, [*commands, *pictures.values()])):
         print(line)
 
 
-def check(place, dataset):
-    """Raises UserError if the place holds runs on other data, or with other flags."""
-    for run in report.kept_runs(place):
+def check(campaign, dataset):
+    """Raises UserError if the campaign holds runs on other data, or with other flags."""
+    for run in report.kept_runs(campaign):
         images = run["settings"].get("images_hash", dataset.hash)       # some runs have none
         if (run["data"], images, run["flags"]) != (dataset.description, dataset.hash,
-                                                   place.flags(report.script(run))):
-            raise UserError(f"results/{place.name} holds runs with other data or flags "
+                                                   campaign.flags(report.script(run))):
+            raise UserError(f"results/{campaign.name} holds runs with other data or flags "
                             f"({run['data']}; {run['flags']}); choose another --as")
 
 
@@ -102,11 +103,11 @@ def call(commands, log):
     return code
 
 
-def keep(name, script, flags, place, description):
+def keep(name, script, flags, campaign, description):
     """Write what a finished run has found, and on which machine, to its file in results/."""
-    out = place.output_file(name).parent
+    out = campaign.output_file(name).parent
     found, knn = {}, None
-    for feature, paths in plan.probes(script, flags, place.scale).items():
+    for feature, paths in plan.probes(script, flags, campaign.scale).items():
         found[feature] = {}
         for path in paths:                                      # the last counts for the class
             result = json.loads((out / path).read_text())
@@ -121,39 +122,41 @@ def keep(name, script, flags, place, description):
     events = Log(out / "log.jsonl").entries() if (out / "log.jsonl").exists() else []
     seconds = sum(after["time"] - before["time"] for before, after in zip(events, events[1:])
                   if after["event"] != "start")                 # else it was stopped in between
-    start = events[0] if events else {**result, "settings": {"scale": plan.base_scale(place.scale)}}
+    scale = plan.base_scale(campaign.scale)
+    start = events[0] if events else {**result, "settings": {"scale": scale}}
     settings = start["settings"]
     settings.pop("data", None)                                  # a path of this machine
     if settings.get("encoder"):
         settings["encoder"] = settings["encoder"].removeprefix(f"{plan.ROOT}/")
-    shown = dataclasses.replace(place, data=plan.PLACEHOLDER[plan.base_scale(place.scale)],
-                                voc=["VOCDEVKIT"] if place.voc else [])
+    shown = dataclasses.replace(campaign, data=plan.PLACEHOLDER[scale],
+                                voc=["VOCDEVKIT"] if campaign.voc else [])
     commands = [shlex.join(words) for words in plan.commands(name, script, flags, shown)]
-    run = {"name": name, "scale": place.scale, "data": description, "flags": place.flags(script),
-           "commands": commands, "top1": found.get("h", {}).get("class"), "knn": knn,
-           "features": found, "minutes": round(seconds / 60, 2)}
+    run = {"name": name, "scale": campaign.scale, "data": description,
+           "flags": campaign.flags(script), "commands": commands,
+           "top1": found.get("h", {}).get("class"), "knn": knn, "features": found,
+           "minutes": round(seconds / 60, 2)}
     for field in ("settings", "device", "processes", "threads", "torch", "python", "commit"):
         run[field] = start[field]
     run["epochs"] = [{field: value for field, value in event.items()
                       if isinstance(value, (int, float)) and field not in ("step", "time")}
                      for event in events if event["event"] == "epoch"]
-    kept = place.folder / f"runs/{name}.json"
+    kept = campaign.folder / f"runs/{name}.json"
     temporary = kept.with_suffix(".tmp")
     temporary.write_text(report.dumps(run) + "\n")
     temporary.replace(kept)
 
 
-def execute_all(runs, drawn, place, dataset, jobs):
+def execute_all(runs, drawn, campaign, dataset, jobs):
     """Train, probe and keep what is missing of `runs`, `jobs` at a time; print a line for each.
 
-    The pictures need the checkpoints of the runs `drawn`, even if their results are there. Returns
-    the names of those that failed, or None if a run or this process was told to stop.
+    The pictures need the checkpoints of the runs `drawn`, even if their results exist. Returns the
+    names of those that failed, or None if a run or this process was told to stop.
     """
-    kept = place.folder / "runs"
+    kept = campaign.folder / "runs"
     kept.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=kept).close()                    # fail now if it is read-only
     missing = [name for name in runs if not (kept / f"{name}.json").exists() or name in drawn
-               and not (plan.ROOT / place.run_folder(name) / "checkpoint.pt").exists()]
+               and not (plan.ROOT / campaign.run_folder(name) / "checkpoint.pt").exists()]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs exist already")
     stopped, failed = threading.Event(), []
     # The terminal sends Ctrl-C to the runs too: they save, and no more are started.
@@ -162,14 +165,14 @@ def execute_all(runs, drawn, place, dataset, jobs):
     def one(name):
         if stopped.is_set():
             return
-        code = call(plan.commands(name, *runs[name], place), place.output_file(name))
+        code = call(plan.commands(name, *runs[name], campaign), campaign.output_file(name))
         if code == UNFINISHED:
             stopped.set()
         elif code:
             failed.append(name)
         elif not (kept / f"{name}.json").exists():
-            check(place, dataset)                               # another command may write there
-            keep(name, *runs[name], place, dataset.description)
+            check(campaign, dataset)                               # another command may write there
+            keep(name, *runs[name], campaign, dataset.description)
         print(f"{name}: exit code {code}", flush=True)
 
     # Detection comes last, because it trains its encoder unless another run has done so.
@@ -181,14 +184,14 @@ def execute_all(runs, drawn, place, dataset, jobs):
     return None if stopped.is_set() else failed
 
 
-def show_detections(place, seed):
-    """Copy the picture of the last row of the item `detection` to the folder of the place."""
+def show_detections(campaign, seed):
+    """Copy the picture of the last row of the item `detection` to the folder of the campaign."""
     *_, row = plan.ROWS["detection"]
-    cell = plan.cells(place.scale).get(("detection", row, "AP"))
+    cell = plan.cells(campaign.scale).get(("detection", row, "AP"))
     if cell:
-        picture = place.output_file(f"{cell.name}-seed{seed}").parent / "detections.png"
+        picture = campaign.output_file(f"{cell.name}-seed{seed}").parent / "detections.png"
         if picture.exists():
-            shutil.copy(picture, place.folder / "detection.png")
+            shutil.copy(picture, campaign.folder / "detection.png")
 
 
 def main(argv=None):
@@ -215,32 +218,33 @@ def main(argv=None):
                 raise UserError("detection: expected --voc FOLDER, a VOCdevkit")
             print("note: no detection, which needs --voc FOLDER")
             items = [item for item in items if item != "detection"]
-        place = plan.Place(args.place or scale, scale, path, args.flags, [folder] if folder else [])
-        runs = plan.runs(items, place, args.seeds, args.rows)
-        pictures = plan.pictures(items, place, args.seeds[0])
+        campaign = plan.Campaign(args.campaign or scale, scale, path, args.flags,
+                                 [folder] if folder else [])
+        runs = plan.runs(items, campaign, args.seeds, args.rows)
+        pictures = plan.pictures(items, campaign, args.seeds[0])
         if args.dry_run:
-            dry_run(place, runs, pictures)
+            dry_run(campaign, runs, pictures)
     if args.dry_run:
         return 0
     if not runs and not pictures:
-        raise UserError(f"{args.item}: does not exist at the scale {place.scale}")
-    check(place, dataset)
+        raise UserError(f"{args.item}: does not exist at the scale {campaign.scale}")
+    check(campaign, dataset)
     failed = []
     if not args.collect:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.jobs)))
-        drawn = plan.runs(pictures, place, args.seeds[:1])
-        failed = execute_all(runs, drawn, place, dataset, args.jobs)
+        drawn = plan.runs(pictures, campaign, args.seeds[:1])
+        failed = execute_all(runs, drawn, campaign, dataset, args.jobs)
         if failed is None:
             print("stopped; the same command continues")
             return UNFINISHED
         for item, words in pictures.items():
-            if call([words], place.output_file(item)):
+            if call([words], campaign.output_file(item)):
                 failed.append(item)
     if "detection" in items and not args.collect:
-        show_detections(place, args.seeds[0])
-    report.write(items, place)
+        show_detections(campaign, args.seeds[0])
+    report.write(items, campaign)
     for name in failed:
-        output = place.output_file(name)
+        output = campaign.output_file(name)
         last_line = output.read_text(errors="replace").strip().rpartition("\n")[-1]
         print(f"failed: {name}: {last_line}; see {output}")
     return 1 if failed else 0

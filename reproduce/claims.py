@@ -11,14 +11,14 @@ decides it; the kinds of claims are
 MARGIN is 1 point of top-1 (of AP for detection): a smaller difference would not change what a
 reader does. It is about three times the standard deviation of a row of Table 1 on CIFAR-10 over
 seeds. A verdict needs two seeds in every cell; verdicts.py says how often it is wrong. The last
-column says which verdicts remain after Holm's correction for the number of claims, the paper's and
-ours apart. Probes of one encoder are compared in pairs.
+column of the table says which verdicts remain after Holm's correction, which is made separately for
+the paper's claims and for ours. Probes of one encoder are compared in pairs.
 
 These rules and claims were committed before the runs that they judge: those with seeds from 10 on.
 Runs with other seeds are not used for verdicts. The number of seeds is fixed, too: on the textures
 three in every cell (10, 11, 12). At the scale `cifar10-laptop`, cells of Table 2, Figure 4,
-supervised training and 100 epochs have two, all others three. Until all are there, a claim has no
-verdict. docs/choices.md lists all changes of the rules.
+supervised training and 100 epochs have two, all others three. Until all have been run, a claim has
+no verdict. docs/choices.md lists all changes of the rules.
 """
 
 import collections

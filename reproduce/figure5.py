@@ -47,8 +47,8 @@ def read(path, source):
     dataset = data.open_data(source)
     here, there = (len(dataset.train), dataset.hash), (settings["images"], settings["images_hash"])
     if here != there:
-        raise UserError(f"{source}: holds other images ({here[0]}) than those of the run "
-                        f"({there[0]})")
+        raise UserError(f"{source}: holds different images ({here[0]}) from those of the "
+                        f"run ({there[0]})")
     return encoder, saved, dataset.train
 
 

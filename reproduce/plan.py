@@ -43,8 +43,8 @@ TITLES = {
     "section5": "Section 5: sampling of negatives",
     "section7": "Section 7: no momentum encoder",
     "detection": "Section 5: detection transfer",
-    "figure4": "Figure 4: accuracy over the number of negatives",
-    "length": "Table 1 (a) over the length of training",
+    "figure4": "Figure 4: accuracy against the number of negatives",
+    "length": "Table 1 (a) against the length of training",
     "figure2": "Figure 2: images reconstructed from features",
     "figure3": "Figure 3: features of augmented images",
     "figure5": "Figure 5: sampling of hard negatives",
@@ -139,8 +139,8 @@ Cell = collections.namedtuple("Cell", "name script flags paper feature question"
 
 
 @dataclasses.dataclass
-class Place:
-    """A folder results/NAME of runs on the images DATA, with added `flags` for each script.
+class Campaign:
+    """Runs on the images DATA, with the folder results/NAME and added `flags` for each script.
 
     `data` is the argument DATA, as a list, and `voc` the folder VOCdevkit for detection (default:
     synthetic scenes). The result of a run is kept as runs/RUN.json.
@@ -158,7 +158,7 @@ class Place:
         return [*named, *self.added]
 
     def run(self, script, flags, seed):
-        """(script, flags) of a cell with a seed; this place's flags come after the preset."""
+        """(script, flags) of a cell with a seed; this campaign's flags come after the preset."""
         if script == "voc_detection":
             encoder, flags = self.run(flags[0], flags[1:], seed)
             return script, [encoder, *flags]
@@ -258,18 +258,18 @@ def cells(scale):
     return found
 
 
-def runs(items, place, seeds, rows=None):
+def runs(items, campaign, seeds, rows=None):
     """{name: (script, flags)}: the runs that `items`, or some rows of them, need, each once.
 
-    If a cell and the place set the same flag, the cell's value is used. Exits with one line if a
-    script does not take the place's flags.
+    If a cell and the campaign set the same flag, the cell's value is used. Exits with one line if a
+    script does not take the campaign's flags.
     """
     found = {}
-    for (item, row, _), (name, script, flags, *_) in cells(place.scale).items():
+    for (item, row, _), (name, script, flags, *_) in cells(campaign.scale).items():
         for seed in seeds if item in items and row in (rows or [row]) else ():
             if f"{name}-seed{seed}" not in found:
-                run = found[f"{name}-seed{seed}"] = place.run(script, flags, seed)
-                settings(*run, base_scale(place.scale))         # parses the flags
+                run = found[f"{name}-seed{seed}"] = campaign.run(script, flags, seed)
+                settings(*run, base_scale(campaign.scale))      # parses the flags
     return found
 
 
@@ -318,48 +318,48 @@ def processes(script, flags, scale):
                 if args["batch_size"] % (n * args.get("bn_group", 1)) == 0), default=1)
 
 
-def commands(name, script, flags, place):
+def commands(name, script, flags, campaign):
     """The training command, then the probes': lists of words.
 
     For detection, those of the encoder, which another item may have trained already, and of the
     fine-tuning.
     """
-    n = processes(script, flags, place.scale)
+    n = processes(script, flags, campaign.scale)
     python = ["torchrun", "--standalone", f"--nproc_per_node={n}"] if n > 1 else ["python"]
     if script == "voc_detection":
-        out = place.run_folder(name)
+        out = campaign.run_folder(name)
         name, (script, *flags) = name.removeprefix("voc_detection-"), flags
         training, encoder = [], "random"
         if "random" not in flags:
-            training = commands(name, script, flags, place)[:1]
-            encoder = f"{place.run_folder(name)}/checkpoint.pt"
-        return [*training, [*python, "-m", "reproduce.voc_detection", *place.voc, "--encoder",
+            training = commands(name, script, flags, campaign)[:1]
+            encoder = f"{campaign.run_folder(name)}/checkpoint.pt"
+        return [*training, [*python, "-m", "reproduce.voc_detection", *campaign.voc, "--encoder",
                             encoder, "--seed", flags[-1], "--out", out]]
-    command = [*python, f"{script}.py", *place.data, *flags, "--out", place.run_folder(name)]
+    command = [*python, f"{script}.py", *campaign.data, *flags, "--out", campaign.run_folder(name)]
     if "--train" in flags:
         return [command]
-    probed, asked = features(flags), questions(flags, place.scale)
+    probed, asked = features(flags), questions(flags, campaign.scale)
     quick = ["--feature", *probed, "--predict", *asked]
     if "--quick" in flags:
         return [[*command, *quick]]
-    probe = [*python, "linear_probe.py", *place.data, "--encoder",
-             f"{place.run_folder(name)}/checkpoint.pt"]
+    probe = [*python, "linear_probe.py", *campaign.data, "--encoder",
+             f"{campaign.run_folder(name)}/checkpoint.pt"]
     found = [command, [*probe, "--quick", *quick]] if asked else [command]
-    if place.scale == "imagenet":
+    if campaign.scale == "imagenet":
         found += [[*probe, "--feature", feature] for feature in probed]
     return found
 
 
-def pictures(items, place, seed):
+def pictures(items, campaign, seed):
     """{item: words of the command that draws it from the runs of a seed}: Figures 2, 3 and 5."""
     found = {}
     for item in items:
         if item in PICTURES:
             words = ["python", *PICTURES[item].split()]
             for flag in ROWS[item]:
-                name = cells(place.scale)[item, flag, "MoCo v2"].name
-                words += [*flag.split(), f"{place.run_folder(name)}-seed{seed}/checkpoint.pt"]
-            if item == "figure2" and base_scale(place.scale) != "imagenet":
+                name = cells(campaign.scale)[item, flag, "MoCo v2"].name
+                words += [*flag.split(), f"{campaign.run_folder(name)}-seed{seed}/checkpoint.pt"]
+            if item == "figure2" and base_scale(campaign.scale) != "imagenet":
                 words += ["--n-images", "16"]                   # cheap where images are small
-            found[item] = [*words, *place.data, "--out", f"results/{place.name}"]
+            found[item] = [*words, *campaign.data, "--out", f"results/{campaign.name}"]
     return found

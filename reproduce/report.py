@@ -12,9 +12,9 @@ INTRODUCTION = """# Results
 Top-1 accuracy in percent on test images: that of the quick probe (a logistic regression on frozen
 features) for MoCo, SimCLR and InstDisc, and that of the network itself for supervised rows. On
 ImageNet, the linear probe of the paper takes the place of the quick probe. Numbers are the mean ±
-standard deviation over n seeds; in brackets is the difference to the first row. The paper's numbers
-are for a ResNet-50 on ImageNet: compare differences, not values. A batch of M images gives SimCLR 2
-(M - 1) negatives; M is K / 2, at least 16.
+standard deviation over n seeds; in brackets is the difference from the first row. The paper's
+numbers are for a ResNet-50 on ImageNet: compare differences, not values. A batch of M images gives
+SimCLR 2 (M - 1) negatives; M is K / 2, at least 16.
 
 Verdicts on the claims follow from the rules in `reproduce/claims.py` and `reproduce/verdicts.py`,
 which were committed before the runs that they judge
@@ -65,12 +65,12 @@ def script(run):
     return run["name"].partition("-")[0]
 
 
-def kept_runs(place):
-    """All runs of a place, as dicts."""
-    return [kept_run(path) for path in sorted(place.folder.glob("runs/*.json"))]
+def kept_runs(campaign):
+    """All runs of a campaign, as dicts."""
+    return [kept_run(path) for path in sorted(campaign.folder.glob("runs/*.json"))]
 
 
-def results(place, first_seed=0):
+def results(campaign, first_seed=0):
     """{(item, row, column): [accuracy in percent of each run with a seed from `first_seed` on]}.
 
     In the order of seeds. None instead of a list for a row that changes nothing at this scale: it
@@ -79,8 +79,8 @@ def results(place, first_seed=0):
     def seed(run):
         return int(run["name"].split("-seed")[1])
 
-    found, cells = {}, plan.cells(place.scale)
-    kept = [run for run in sorted(kept_runs(place), key=seed) if seed(run) >= first_seed]
+    found, cells = {}, plan.cells(campaign.scale)
+    kept = [run for run in sorted(kept_runs(campaign), key=seed) if seed(run) >= first_seed]
     for (item, row, column), cell in cells.items():
         first = cells[item, next(iter(plan.ROWS[item])), column]
         found[item, row, column] = [
@@ -93,7 +93,7 @@ def results(place, first_seed=0):
 
 
 def show(values, baseline):
-    """Mean, standard deviation, difference to the mean of `baseline`, and n, as text."""
+    """Mean, standard deviation, difference from the mean of `baseline`, and n, as text."""
     if not values:
         return "not run"
     deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
@@ -101,13 +101,13 @@ def show(values, baseline):
     return f"{mean(values):.2f}{deviation}{difference}, n = {len(values)}"
 
 
-def table(item, place, found):
+def table(item, campaign, found):
     """Lines of markdown: our results of an item beside the paper's, for the rows that were run.
 
-    The table of Section 3 has neither differences to the first row nor the paper's numbers.
+    The table of Section 3 has neither differences from the first row nor the paper's numbers.
     """
     rows, alone = rows_run(item, found), item == "section3"     # alone: without the paper's numbers
-    cells, columns = plan.cells(place.scale), plan.columns(item, place.scale)
+    cells, columns = plan.cells(campaign.scale), plan.columns(item, campaign.scale)
     first_row = next(iter(plan.ROWS[item]))
     shown = [["", "---", *rows]]                                # column by column
     theirs = plan.columns(item, "imagenet")
@@ -123,14 +123,14 @@ def table(item, place, found):
     return [f"| {' | '.join(line)} |" for line in zip(*shown)]
 
 
-def figure4(place, found):
-    """Write figure4.png: accuracy over K, one line per method, ± one standard deviation."""
+def figure4(campaign, found):
+    """Write figure4.png: accuracy against K, one line per method, ± one standard deviation."""
     from matplotlib.figure import Figure                        # slow to import
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     for row in plan.ROWS["figure4"]:
         points = []
-        for K in plan.FIGURE4_K[place.scale]:
+        for K in plan.FIGURE4_K[campaign.scale]:
             values = found["figure4", row, f"K = {K}"]
             if values:
                 negatives = 2 * (plan.simclr_batch(K) - 1) if row == "SimCLR" else K
@@ -139,17 +139,17 @@ def figure4(place, found):
         if points:
             axis.errorbar(*zip(*points), marker="o", label=row)
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="number of negatives K", ylabel="top-1, %", title=f"Figure 4, {place.name}")
+    axis.set(xlabel="number of negatives K", ylabel="top-1, %", title=f"Figure 4, {campaign.name}")
     figure.legend(loc="outside right upper")
-    figure.savefig(place.folder / "figure4.png", dpi=110)
+    figure.savefig(campaign.folder / "figure4.png", dpi=110)
 
 
-def steps(place, kept, found):
+def steps(campaign, kept, found):
     """A line on the steps of training behind Figure 4: the epochs are the same for all methods."""
-    cells, parts = plan.cells(place.scale), []
+    cells, parts = plan.cells(campaign.scale), []
     for row in rows_run("figure4", found):
         counts = {}
-        for column in plan.columns("figure4", place.scale):
+        for column in plan.columns("figure4", campaign.scale):
             for run in kept:
                 if run["name"].startswith(f"{cells['figure4', row, column].name}-seed"):
                     settings = run["settings"]
@@ -161,16 +161,16 @@ def steps(place, kept, found):
     return f"Steps of training: {'; '.join(parts)}."
 
 
-def length(place, found):
-    """Write length.png: the gain from the projection head over the epochs, with 95 % intervals.
+def length(campaign, found):
+    """Write length.png: the gain from the projection head against the epochs, with 95 % intervals.
 
     Only lengths with two seeds in both rows are drawn; without any, there is no picture.
     """
     from matplotlib.figure import Figure                        # slow to import
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    points, prior = [], claims.Judge(found, place.scale).priors.get("class")
-    for column in plan.columns("length", place.scale):
+    points, prior = [], claims.Judge(found, campaign.scale).priors.get("class")
+    for column in plan.columns("length", campaign.scale):
         cells = [found["length", row, column] for row in plan.ROWS["length"]]
         if min(len(values) for values in cells) > 1:
             gain = verdicts.contrast([1., -1.], cells, prior)
@@ -183,11 +183,11 @@ def length(place, found):
     axis.set_xticks([epochs for epochs, *_ in points], [epochs for epochs, *_ in points])
     axis.minorticks_off()
     axis.set(xlabel="epochs of training", ylabel="gain from the projection head, points of top-1",
-             title=f"{plan.TITLES['length']}, {place.name}")
-    figure.savefig(place.folder / "length.png", dpi=110)
+             title=f"{plan.TITLES['length']}, {campaign.name}")
+    figure.savefig(campaign.folder / "length.png", dpi=110)
 
 
-def section3(place, found):
+def section3(campaign, found):
     """Write section3.png: accuracy of each prediction, grouped bars ± one standard deviation."""
     from matplotlib.figure import Figure                        # slow to import
     figure = Figure(figsize=(12, 4.6), layout="constrained")
@@ -201,9 +201,9 @@ def section3(place, found):
         axis.bar(x, [mean(v) for v in values], .75 / len(rows), color=colour, label=row, capsize=2,
                  yerr=[stdev(v) if len(v) > 1 else 0 for v in values], error_kw={"linewidth": 1})
     axis.set_xticks(range(len(plan.PREDICTIONS)), plan.PREDICTIONS)
-    axis.set(ylabel="accuracy, %", title=f"{plan.TITLES['section3']}, {place.name}")
+    axis.set(ylabel="accuracy, %", title=f"{plan.TITLES['section3']}, {campaign.name}")
     figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(place.folder / "section3.png", dpi=90)
+    figure.savefig(campaign.folder / "section3.png", dpi=90)
 
 
 def picture_table(path):
@@ -229,12 +229,12 @@ def picture_table(path):
     return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 
-def places():
-    """The scales' own places, and all others that hold runs."""
-    found = {scale: plan.Place(scale, scale) for scale in (*plan.PLACEHOLDER, *plan.NAMED)}
+def campaigns():
+    """The scales' own campaigns, and all others that hold runs."""
+    found = {scale: plan.Campaign(scale, scale) for scale in (*plan.PLACEHOLDER, *plan.NAMED)}
     for path in sorted(plan.ROOT.glob("results/*/runs/*.json")):
         name, run = path.parts[-3], kept_run(path)
-        found[name] = plan.Place(name, run["scale"])
+        found[name] = plan.Campaign(name, run["scale"])
     return found.values()
 
 
@@ -255,65 +255,65 @@ def rows_run(item, found):
             if any(values for key, values in found.items() if key[:2] == (item, row))]
 
 
-def probed(item, place, found):
+def probed(item, campaign, found):
     """{(run, feature, question)} of an item's results, without the first row of Table 1."""
     def probe(key):
-        cell = plan.cells(place.scale)[key]
+        cell = plan.cells(campaign.scale)[key]
         return cell.name, cell.feature, cell.question
 
     return {probe(key) for key, values in found.items() if key[0] == item and values} \
         - {probe(("table1", "MoCo v2", "MoCo v2"))}
 
 
-def judged(place):
+def judged(campaign):
     """Lines of markdown with the verdicts on the claims; none if no run is judged."""
-    found = results(place, claims.FIRST_SEED)
-    return [*claims.table(found, place.scale), ""] if any(found.values()) else []
+    found = results(campaign, claims.FIRST_SEED)
+    return [*claims.table(found, campaign.scale), ""] if any(found.values()) else []
 
 
-def section(place):
-    """Lines of markdown on a place; none if it holds neither runs nor pictures."""
-    kept, found = kept_runs(place), results(place)
+def section(campaign):
+    """Lines of markdown on a campaign; none if it holds neither runs nor pictures."""
+    kept, found = kept_runs(campaign), results(campaign)
     lines = []
     if kept:
-        lines = [machines(kept), "", *judged(place)]
+        lines = [machines(kept), "", *judged(campaign)]
     known = set()                               # an item that would only repeat others is left out
     for item, title in plan.TITLES.items():
-        picture = place.folder / f"{item}.png"
-        shown = [f"![{title}]({place.name}/{picture.name})", ""] if picture.exists() else []
+        picture = campaign.folder / f"{item}.png"
+        shown = [f"![{title}]({campaign.name}/{picture.name})", ""] if picture.exists() else []
         if item in plan.PICTURES:
             shown += picture_table(picture.with_suffix(".json"))
-        answers = probed(item, place, found)
+        answers = probed(item, campaign, found)
         if item in plan.TABLES and answers - known:
-            shown += [*table(item, place, found), ""]
+            shown += [*table(item, campaign, found), ""]
         known |= answers
         if shown:
             lines += [f"### {title}", "", *shown]
             if item == "figure4":
-                lines += [steps(place, kept, found), ""]
-    return [f"## results/{place.name}", "", *lines] if lines else []
+                lines += [steps(campaign, kept, found), ""]
+    return [f"## results/{campaign.name}", "", *lines] if lines else []
 
 
 def page():
     """The text of results/README.md."""
     lines = [INTRODUCTION]
-    for place in places():
-        lines += section(place)
+    for campaign in campaigns():
+        lines += section(campaign)
     return "\n".join(lines)
 
 
-def write(items, place):
+def write(items, campaign):
     """Print the tables of `items`; write their plots, claims.md and results/README.md."""
-    found = results(place)
+    found = results(campaign)
     for item, draw in (("figure4", figure4), ("section3", section3), ("length", length)):
-        if item in items and probed(item, place, found):
-            draw(place, found)
+        if item in items and probed(item, campaign, found):
+            draw(campaign, found)
     for item in items:
-        if item in plan.TABLES and plan.columns(item, place.scale):
-            print(plan.TITLES[item], *table(item, place, found), sep="\n")
-    if lines := judged(place):
-        lines = [f"# Claims, {place.name}", "", *lines]
-        (place.folder / "claims.md").write_text("\n".join(lines))
+        if item in plan.TABLES and plan.columns(item, campaign.scale):
+            print(plan.TITLES[item], *table(item, campaign, found), sep="\n")
+    if lines := judged(campaign):
+        lines = [f"# Claims, {campaign.name}", "", *lines]
+        (campaign.folder / "claims.md").write_text("\n".join(lines))
     path = plan.ROOT / "results/README.md"
     path.write_text(page())
     print(f"written to {path}")

@@ -1,7 +1,7 @@
 """Verdicts on claims about mean accuracies, from two or three seeds per cell.
 
 The variance of each cell is moderated (Smyth 2004, as in limma): it is averaged with a common
-variance, whose weight, the prior's degrees of freedom, is estimated from all cells of a place, a
+variance, whose weight, the prior's degrees of freedom, is estimated from all cells of a campaign, a
 folder of results/. In simulations with three seeds, plain moderation decided null comparisons of
 two cells too often: up to 9 % where spreads differ, 17 to 38 % if one of the cells has collapsed.
 Hence four changes:
@@ -9,14 +9,14 @@ Hence four changes:
 * The estimated spread of the variances is averaged with that of a few typical cells.
 * A moderated variance is never below the cell's own.
 * A cell whose variance is an outlier (F-test against the smaller of the prior's variance and the
-  pooled one of all other cells) keeps its own degrees of freedom. The test has a high level for two
-  seeds, which say little about a spread, and for contrasts that hang on a single cell.
+  pooled one of all other cells) keeps its own degrees of freedom. The level of this test is high
+  for two seeds, which say little about a spread, and for contrasts that depend on a single cell.
 * A contrast has the smallest degrees of freedom of its cells instead of Satterthwaite's, which are
   too many if a cell with a large spread happens to look ordinary.
 
 Percentage of null comparisons decided, either way, at a nominal 5 %, with 5 and with 40 cells in a
-place, and for the single cell of a paired contrast (40,000 and 10,000 simulated places; 10,000 and
-3,000 for "half of a gain lost"):
+campaign, and for the single cell of a paired contrast (40,000 and 10,000 simulated campaigns;
+10,000 and 3,000 for "half of a gain lost"):
 
     seeds and cells                                  3, 5   3, 40   2, 5   2, 40   paired, 3 and 2
     equal spreads                                     3.8     2.8    2.3     2.0     2.5 to 4.8
@@ -59,8 +59,8 @@ OUTLIER = .3, .015
 # The same for paired samples, and for contrasts in which one cell has most of the weight.
 OUTLIER_ALONE = .5, .3
 
-# Prior variance and degrees of freedom; of the place's cells: the sum of squared residuals, its
-# degrees of freedom, and the median variance. Arrays of shape (..., 1).
+# Prior variance and degrees of freedom; then, for the cells of the campaign, the sum of squared
+# residuals, its degrees of freedom, and the median variance. Arrays of shape (..., 1).
 Prior = collections.namedtuple("Prior", "variance df squares pooled_df median")
 Contrast = collections.namedtuple("Contrast", "value error df")
 # `estimate` ± `half` is the interval of the decisive contrast. `p` is below LEVEL if the claim is
@@ -79,9 +79,9 @@ def trigamma_inverse(x):
 
 
 def without_zeros(variances, df, median):
-    """Variances, with the 1 % quantile for a cell of the median variance in place of zero.
+    """Variances; zeros are replaced by the 1 % quantile of variances around the median one.
 
-    Accuracies are multiples of one image, so that variances of exactly zero do occur.
+    Accuracies are multiples of one image, so variances of exactly zero do occur.
     """
     smallest = median * special.chdtri(df, .99) / special.chdtri(df, .5)
     return np.where(variances > 0, variances, smallest)
@@ -106,7 +106,7 @@ def fit(variances, df):
 
 
 def shrink(variances, df, prior, outlier=OUTLIER):
-    """Moderated variances of cells and their degrees of freedom; `prior` is that of their place."""
+    """Moderated variances of cells, and their degrees of freedom; `prior` is their campaign's."""
     variances = without_zeros(variances, df, prior.median)
     own = df / (prior.df + df)
     moderated = (1 - own) * prior.variance + own * variances
@@ -119,7 +119,7 @@ def shrink(variances, df, prior, outlier=OUTLIER):
 
 
 def moderate(samples):
-    """The `Prior` of a place from all its cells, lists of percents; each cell is given once.
+    """The `Prior` of a campaign from all its cells, lists of percents; each cell is given once.
 
     None, for plain variances, if fewer than three cells have two values or if most do not vary.
     """
@@ -154,7 +154,7 @@ def contrast(coefficients, cells, prior=None, n=None):
 def paired(first, second):
     """The differences of two probes of the same encoders, seed by seed: one sample.
 
-    It is judged as a cell with the coefficient 1, with the prior of a place's paired samples.
+    It is judged as a cell with the coefficient 1, with the prior of a campaign's paired samples.
     """
     return [a - b for a, b in zip(first, second, strict=True)]
 
@@ -199,11 +199,11 @@ def seeds_needed(kind, contrasts, cells, prior=None):
 
 
 def judge(kind, contrasts, cells, prior=None):
-    """The `Verdict` on a claim of a kind in KINDS, that holds for every one of `contrasts`.
+    """The `Verdict` on a claim of a kind in KINDS about every one of `contrasts`.
 
-    A contrast is a list of one coefficient per cell. The claim is shown if it is for each contrast
-    (an intersection-union test), and contradicted if a contrast contradicts it after Bonferroni's
-    correction. Intervals are shown without this correction.
+    A contrast is a list of one coefficient per cell. The claim is shown if it is shown for each
+    contrast (an intersection-union test), and contradicted if a contrast contradicts it after
+    Bonferroni's correction. Intervals are shown without this correction.
     """
     n = [len(values) for values in cells]
     if min(n) < 2:
@@ -228,8 +228,8 @@ def judge(kind, contrasts, cells, prior=None):
 def collapse(baseline, untrained, cell, prior=None):
     """The `Verdict` on the claim that a cell loses half of the baseline's gain or more.
 
-    The gain is that over the untrained encoder. The contrast is half of it less the cell's gain.
-    Without a baseline that is shown to gain anything, nothing is resolved.
+    A gain is that over the untrained encoder. The contrast is half of the baseline's gain minus the
+    cell's. Unless the baseline is shown to gain anything, the claim is not resolved.
     """
     cells = [baseline, untrained, cell]
     lost = judge("positive", [[.5, .5, -1.]], cells, prior)

@@ -154,7 +154,7 @@ def _read_voc(folder, year, image_set):
             raise UserError(f"{error.filename}: no such file; VOC{year}'s {image_set}.txt names it")
         except (UnidentifiedImageError, ElementTree.ParseError, LookupError, TypeError,
                 ValueError) as error:
-            raise UserError(f"{xml}: it or its image cannot be read as VOC's: {error}")
+            raise UserError(f"{xml}: this file or its image is not valid VOC data: {error}")
         for xmin, ymin, xmax, ymax, *_ in objects:
             if not (0 <= xmin < xmax <= width and 0 <= ymin < ymax <= height):
                 raise UserError(f"{xml}: a box is empty or outside of the image of {width} x "

@@ -1,7 +1,7 @@
 """Detection transfer to PASCAL VOC: Sec. 5's check that AP does not depend on K.
 
-Fine-tunes the encoder f in Faster R-CNN with a C4 backbone, as He et al. (2020, Sec. 4.2): VOC2007
-and VOC2012 trainval for training; AP, AP50 and AP75 on VOC2007 test by the 11-point metric of 2007.
+Fine-tunes the encoder f in Faster R-CNN with a C4 backbone, as in He et al. (2020, Sec. 4.2), on
+VOC2007 and VOC2012 trainval. AP, AP50 and AP75 are those of VOC2007 test by the 11-point metric.
 
     torchrun --nproc_per_node=8 -m reproduce.voc_detection VOCDEVKIT --encoder FILE
     python -m reproduce.voc_detection --encoder FILE            # a laptop: synthetic scenes
@@ -9,7 +9,7 @@ and VOC2012 trainval for training; AP, AP50 and AP75 on VOC2007 test by the 11-p
 
 Settings are those of FAIR's configuration for detectron2. Differences: anchors have whole pixels;
 images are padded to multiples of 16 pixels; a batch may hold portrait and landscape images; batch
-statistics are those of all images, where naiveSyncBN gives each process the same weight; classes
+statistics are those of all images, whereas naiveSyncBN gives each process the same weight; classes
 without objects in the test images are left out of the mean. Everything is computed in fp32.
 
 x (N, 3, H, W): padded images. h (n, width): layer4 of n regions, pooled. Boxes: see voc.py.
@@ -202,7 +202,7 @@ def detect(detector, split, args, device):
     detector.train()
     rows = ddp.all_gather(rows.to(device)).cpu().flatten(0, 1)
     rows = rows[rows[:, 1] > 0].double().numpy()
-    # The decimals that detectron2 writes and reads again.
+    # Rounded as in detectron2, which writes detections to a file and reads them again.
     return np.hstack([rows[:, :2], rows[:, 2:3].round(3), rows[:, 3:].round(1)])
 
 
@@ -271,7 +271,7 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = False      # every size of images would be timed
     scale, classes, train_split, test_split = voc.open_data(first.data)
     args, f = settings(argv, scale)
-    # Settings: with other images or boxes it is another run.
+    # As settings, because a run on other images or boxes is a different run.
     args.images = len(train_split)
     args.objects_hash = f"{zlib.crc32(voc.object_rows(train_split).tobytes()):08x}"
     train.check_batch(args.images, args.batch_size, bn_group=1)
@@ -318,7 +318,7 @@ def main(argv=None):
 def draw(path, split, found, classes, name, n=6):
     """Write the picture `path`: detections with a score of .5 or more; objects are dashed.
 
-    `name` is the encoder's in the title.
+    `name` is the name of the encoder, for the title.
     """
     from matplotlib.figure import Figure                        # slow to import
     from matplotlib.patches import Rectangle

@@ -262,7 +262,7 @@ def test_the_log_is_only_ever_appended_to(small, tmp_path, inside):
         before = text
     (tmp_path / "out/checkpoint.pt").unlink()
     out = inside(*run, "--max-steps", 2, cwd=tmp_path)
-    assert "note: out has a log but no checkpoint; the run starts anew" in out
+    assert "note: out has a log but no checkpoint; the run starts from scratch" in out
     assert path.read_bytes().startswith(before)
     found = events(Log(path))
     assert found[0] == ("start", 0) and [e for e, _ in found].count("start") == 1
@@ -332,7 +332,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
             os.truncate(file, 1000)
     kept = path.read_bytes()
     line = refused(moco_v2, small, *TINY)
-    assert "out/checkpoint.pt: cannot be read" in line and "--fresh starts anew" in line
+    assert "out/checkpoint.pt: cannot be read" in line and "--fresh starts from scratch" in line
     assert path.read_bytes() == kept
     assert "writing to out" in inside(moco_v2, small, *TINY, "--fresh", "--max-steps", 1,
                                       cwd=tmp_path)
@@ -351,7 +351,7 @@ def test_errors_other_than_damage_change_no_file(small, tmp_path, inside, monkey
     for error, line in ((MemoryError(), "out of memory"),
                         (OSError(5, "Input/output error"),
                          "out/checkpoint.pt: cannot be opened (Input/output error); "
-                         "--fresh starts anew")):
+                         "--fresh starts from scratch")):
         monkeypatch.setattr(checkpoint.torch, "load", fails(error))
         assert refused(moco_v2, small, *TINY) == line
         assert (path.read_bytes(), previous.read_bytes()) == kept
@@ -359,7 +359,7 @@ def test_errors_other_than_damage_change_no_file(small, tmp_path, inside, monkey
     monkeypatch.chdir(tmp_path)
     flip(path, random.Random(0))
     damaged = path.read_bytes()
-    assert "lr 0.0009375 there, 0.1 here" in refused(moco_v2, small, *TINY, "--lr", ".1")
+    assert "lr was 0.0009375, is now 0.1" in refused(moco_v2, small, *TINY, "--lr", ".1")
     assert (path.read_bytes(), previous.read_bytes()) == (damaged, kept[1])
     inside(moco_v2, small, *TINY, "--max-steps", 1, cwd=tmp_path)
     assert (tmp_path / "out/damaged.pt").read_bytes() == damaged
@@ -375,7 +375,7 @@ def test_images_may_move_but_not_change_in_number(small, tmp_path, inside):
     out = inside(moco_v2, moved, *TINY, "--max-steps", 2, cwd=tmp_path)
     assert "continuing at step 1 of 15 in out" in out
     next((moved / "train/cat").iterdir()).unlink()
-    assert "(images 44 there, 43 here; images_hash " in refused(moco_v2, moved, *TINY)
+    assert "(images was 44, is now 43; images_hash " in refused(moco_v2, moved, *TINY)
     saved = {"script": "linear_probe", "encoder": "a.pt", "encoder_fingerprint": "1"}
     assert not differences(saved, {**saved, "encoder": "b.pt"})
     assert differences(saved, {**saved, "encoder_fingerprint": "2"})
@@ -580,12 +580,12 @@ def test_a_checkpoint_of_another_run_is_refused(small, tmp_path, inside):
             ({"optimizer": {}}, foreign),
             ({"optimizer": {**optimizer, "state": momentum}}, foreign),
             ({"optimizer": {**optimizer, "state": {}}}, foreign),
-            ({"step": -1}, "step -1 there, 15 in all here"),
-            ({"step": 16}, "step 16 there, 15 in all here"),
+            ({"step": -1}, "it is at step -1, this one ends at 15"),
+            ({"step": 16}, "it is at step 16, this one ends at 15"),
             ({"step": "1"}, "it lacks one of step, settings"),
             ({"settings": None}, "it lacks one of step, settings"),
             ({"settings": {**settings, "script": "simclr"}},
-             "(script simclr there, moco_v2 here)")]:
+             "(script was simclr, is now moco_v2)")]:
         changed = {name: v for name, v in {**saved, **change}.items() if v is not None}
         torch.save(changed, path)
         kept = path.read_bytes()
@@ -594,9 +594,9 @@ def test_a_checkpoint_of_another_run_is_refused(small, tmp_path, inside):
     torch.save(saved, path)
     other = write_folder(tmp_path / "other", 22, (32, 32))      # as many images, the same names
     (other / "train/cat/0.jpg").write_bytes((other / "train/dog/0.jpg").read_bytes())
-    assert re.search(r"\(images_hash \w+ there, \w+ here\)", refused(moco_v2, other, *TINY))
+    assert re.search(r"\(images_hash was \w+, is now \w+\)", refused(moco_v2, other, *TINY))
     torch.save({**saved, "step": 99}, path)
-    assert "(epochs 3 there, 4 here)" in refused(moco_v2, small, *TINY, "--epochs", "4")
+    assert "(epochs was 3, is now 4)" in refused(moco_v2, small, *TINY, "--epochs", "4")
     for content in ({"f": 1, "g": 2, "settings": {}}, {"state_dict": 3},
                     {"settings": 3, "f": {}, "g": {}}, {1: torch.ones(1)}):
         torch.save(content, "stranger.pt")
@@ -605,7 +605,7 @@ def test_a_checkpoint_of_another_run_is_refused(small, tmp_path, inside):
     torch.save(saved, path)
     argv = [small, "--arch", "resnet10", "--batch-size", "8", "--epochs", "3", "--out", "out"]
     for script, more in ((simclr, []), (instdisc, ["--bn-group", "4"])):
-        assert "(script moco_v2 there, " in refused(script, *argv, *more)
+        assert "(script was moco_v2, " in refused(script, *argv, *more)
 
 
 def count_saves(folder):

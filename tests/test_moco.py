@@ -451,7 +451,7 @@ def test_only_settings_identify_a_run(capsys):
                      "--max-steps", 3, "--save-minutes", 1)
     assert differences(plain, moved) == ""
     other = resolved("images", "--out", "a", "--seed", 1, "--m", ".5")
-    assert differences(plain, other) == "m 0.999 there, 0.5 here; seed 0 there, 1 here"
+    assert differences(plain, other) == "m was 0.999, is now 0.5; seed was 0, is now 1"
     assert capsys.readouterr() == ("", "")
 
 

@@ -191,7 +191,7 @@ def test_every_claim_names_cells_that_exist():
             assert claim.kind in (*verdicts.KINDS, "collapse")
 
 
-def keep(place, name, top1, flags=(), **features):
+def keep(campaign, name, top1, flags=(), **features):
     """A run of 1000 images as `reproduce.keep` writes it, without what the report does not read."""
     batch = re.search(r"batch-size-(\d+)", name)
     answers = {feature: dict.fromkeys(plan.PREDICTIONS, value)
@@ -199,12 +199,12 @@ def keep(place, name, top1, flags=(), **features):
     if name.startswith("voc_detection"):
         answers = {"detection": {"AP": top1, "AP50": top1 + 30, "AP75": top1 - 5}}
     run = {"name": name, "data": "images", "features": answers, "flags": list(flags),
-           "minutes": 30., "scale": place.scale,
-           "settings": {"scale": place.scale, "images": 1000, "epochs": 3,
+           "minutes": 30., "scale": campaign.scale,
+           "settings": {"scale": campaign.scale, "images": 1000, "epochs": 3,
                         "batch_size": int(batch[1]) if batch else 64},
            "device": "a computer", "torch": "2.0", "commit": "abc",
            "commands": [f"python {name.split('-')[0]}.py --out x"]}
-    path = place.folder / f"runs/{name}.json"
+    path = campaign.folder / f"runs/{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run))
 
@@ -235,11 +235,11 @@ def test_the_number_of_seeds_is_fixed_in_advance():
 @pytest.mark.parametrize("scale", SCALES)
 def test_tables_claims_and_figure_4_are_written_from_the_runs_that_there_are(root, capsys, scale):
     """Every claim finds its cells at every scale; with all of them run, each has a verdict."""
-    place = plan.Place("here", scale)
-    runs = plan.runs(plan.TABLES, place, [10, 11, 12])
-    report.write(plan.TABLES, place)
+    campaign = plan.Campaign("here", scale)
+    runs = plan.runs(plan.TABLES, campaign, [10, 11, 12])
+    report.write(plan.TABLES, campaign)
     no_blur = scale != "imagenet"               # there, the row changes nothing
-    lines = claims.table(report.results(place), scale)
+    lines = claims.table(report.results(campaign), scale)
     n = len(claims.PAPER) - 3 + len(claims.OURS) - 2            # blur in two ways; none on length
     n += 2 * (scale in plan.DETECTION)
     missing = [line.split("; ") for line in lines if line.startswith("Runs are missing for: ")]
@@ -251,8 +251,8 @@ def test_tables_claims_and_figure_4_are_written_from_the_runs_that_there_are(roo
     rng = np.random.default_rng(0)
     for i, name in enumerate(runs):
         top1 = 50 + i // 3 + rng.normal(0, .1)
-        keep(place, name, top1, hidden=top1 - 20 + rng.normal(), z=top1 - 10 + rng.normal())
-    report.write(plan.TABLES, place)
+        keep(campaign, name, top1, hidden=top1 - 20 + rng.normal(), z=top1 - 10 + rng.normal())
+    report.write(plan.TABLES, campaign)
     text = (root / "results/README.md").read_text()
     row = r"\| \(a\) without head \| 5[01]\.\d\d ± 0\.\d\d \(\+[01]\.\d\d\), n = 3 \| 59\.2 \|"
     assert re.search(row, text), text
@@ -271,34 +271,34 @@ def test_tables_claims_and_figure_4_are_written_from_the_runs_that_there_are(roo
     each = ", ".join(f"{1000 // max(16, K // 2) * 3} at K = {K}" for K in plan.FIGURE4_K[scale])
     assert "Steps of training: MoCo v2 45; MoCo v2, hard negatives 45; " in text
     assert f"InstDisc 45; SimCLR {each}." in text
-    table = "\n".join(claims.table(report.results(place, claims.FIRST_SEED), scale))
-    assert table in text and table in (place.folder / "claims.md").read_text()
-    (place.folder / f"runs/{list(runs)[0]}.json").unlink()      # a seed of Table 1's first row
+    table = "\n".join(claims.table(report.results(campaign, claims.FIRST_SEED), scale))
+    assert table in text and table in (campaign.folder / "claims.md").read_text()
+    (campaign.folder / f"runs/{list(runs)[0]}.json").unlink()      # a seed of Table 1's first row
     assert ("a projection head helps; " in report.page()) == (scale == "textures")
     for name in ("figure4.png", "section3.png"):
-        with Image.open(place.folder / name) as picture:
+        with Image.open(campaign.folder / name) as picture:
             assert picture.size[0] > 700 and len(np.unique(np.asarray(picture))) > 50
 
 
 def test_the_gain_over_the_length_of_training_is_drawn_and_judged(root):
-    place = plan.Place("here", "cifar10-laptop")
+    campaign = plan.Campaign("here", "cifar10-laptop")
     gains, rng = {"5": 0., "10": 0., "20": 1., "50": 2., "100": 4.}, np.random.default_rng(0)
-    for name in plan.runs(["length"], place, [10, 11, 12]):
+    for name in plan.runs(["length"], campaign, [10, 11, 12]):
         epochs = re.search(r"epochs-(\d+)", name)
         gain = 0. if "table1a" in name else gains[epochs[1] if epochs else "10"]
-        keep(place, name, 60 + gain + rng.normal(0, .1))
-    report.write(["length"], place)
-    with Image.open(place.folder / "length.png") as picture:
+        keep(campaign, name, 60 + gain + rng.normal(0, .1))
+    report.write(["length"], campaign)
+    with Image.open(campaign.folder / "length.png") as picture:
         assert picture.size[0] > 700
-    text = (place.folder / "claims.md").read_text()
+    text = (campaign.folder / "claims.md").read_text()
     assert re.search(r"the gain from the head grows .* \+[34]\.\d ± \d\.\d .* shown", text), text
 
 
 def test_readme_cells_are_the_runs_of_their_setting(root):
     """One run under two names; Table 3's columns are each scale's; a row that changes nothing has
     no number of its own; what shows nothing is left out."""
-    imagenet, textures = (plan.Place(scale, scale) for scale in ("imagenet", "textures"))
-    short = plan.Place("short", "cifar10")
+    imagenet, textures = (plan.Campaign(scale, scale) for scale in ("imagenet", "textures"))
+    short = plan.Campaign("short", "cifar10")
     keep(imagenet, "moco_v2-table1-seed0", 60., hidden=1., z=2.)
     keep(imagenet, "moco_v2-table1-seed1", 62., hidden=1., z=2.)
     keep(textures, "moco_v2-table1a-seed0", 70.)
@@ -376,7 +376,7 @@ def test_means_in_the_walkthrough_are_those_of_the_results():
     assert (abs(stated[:, None] - known).min(1) < .056).all()
     losses = [line.split("|")[2:-1] for line in text.splitlines()
               if line.startswith(("| lost from h", "| the same without training"))]
-    found = report.results(plan.Place("cifar10-laptop", "cifar10-laptop"), claims.FIRST_SEED)
+    found = report.results(plan.Campaign("cifar10-laptop", "cifar10-laptop"), claims.FIRST_SEED)
     rows = [(row, feature) for feature in ("hidden", "z") for row in ("MoCo v2", "untrained")]
     for line, (row, feature) in zip(losses, rows, strict=True):
         for what, lost in zip(("class", "grey", "hue", "noise", "rotation"), line, strict=True):
@@ -515,7 +515,7 @@ def test_runs_with_other_flags_or_data_are_kept_apart(fake):
     (fake / "results/short/runs/moco_v2-table1-seed0.json").write_text(json.dumps(kept))
     with pytest.raises(UserError, match="holds runs with other data or flags"):
         call("table1", "--flags", "--epochs 2", "--as", "short")
-    keep(plan.Place("textures", "textures"), "other", 50.)
+    keep(plan.Campaign("textures", "textures"), "other", 50.)
     with pytest.raises(UserError, match="runs with other data or flags .images; "):
         call("table1")
 
@@ -555,14 +555,14 @@ def test_a_picture_has_its_checkpoints_trained_again_without_changing_their_resu
     """As in a fresh clone, which has results but no checkpoints."""
     (fake / "moco_v2.py").write_text(TRAINING + '(out / "checkpoint.pt").write_text("weights")')
     (fake / "dip_inversion.py").write_text(DRAWING)
-    place = plan.Place("textures", "textures")
+    campaign = plan.Campaign("textures", "textures")
     assert call("figure2") == 0
     kept = fake / "results/textures/runs/moco_v2-table1-seed0.json"
     before = kept.read_text().replace("69.5", "12.5")
     kept.write_text(before)
     shutil.rmtree(fake / "runs")
     assert call("figure2") == 0
-    assert "drawn from weights weights" in place.output_file("figure2").read_text()
+    assert "drawn from weights weights" in campaign.output_file("figure2").read_text()
     assert kept.read_text() == before
 
 
@@ -605,24 +605,24 @@ def test_supervised_runs_and_the_papers_protocol_are_read_where_they_are(fake, t
             ("moco_v2", ["--preset", "table3"], "imagenet", "h", ["probe/result.json"]),
             ("moco_v2", ["--preset", "table1"], "cifar10", "z", ["probe/quick-z.json"])):
         assert plan.probes(script, flags, scale)[feature] == path
-    place = plan.Place("imagenet", "imagenet", "IMAGENET")
-    commands = plan.commands("a", "moco_v2", ["--preset", "table1b"], place)
+    campaign = plan.Campaign("imagenet", "imagenet", "IMAGENET")
+    commands = plan.commands("a", "moco_v2", ["--preset", "table1b"], campaign)
     assert "--quick" in commands[1] and "class" not in commands[1]
     assert "--quick" not in commands[2] and len(commands) == 3
-    assert len(plan.commands("a", "moco_v2", ["--preset", "table3"], place)) == 2
-    assert len(plan.commands("a", "linear_probe", ["--train", "all"], place)) == 1
+    assert len(plan.commands("a", "moco_v2", ["--preset", "table3"], campaign)) == 2
+    assert len(plan.commands("a", "linear_probe", ["--train", "all"], campaign)) == 1
 
 
 def test_added_flags_do_not_override_those_of_a_cell():
     """A point of Figure 4 keeps its K or batch size; only scripts that run must accept a flag."""
-    place = plan.Place("here", "textures", added=["--batch-size", "32"])
-    runs = plan.runs(["figure4"], place, [0])
+    campaign = plan.Campaign("here", "textures", added=["--batch-size", "32"])
+    runs = plan.runs(["figure4"], campaign, [0])
     sizes = {simclr.flags().parse_args(flags).batch_size
              for script, flags in runs.values() if script == "simclr"}
     assert sizes == {16, 64, 512}
     assert {moco_v2.flags().parse_args(flags).batch_size
             for script, flags in runs.values() if script == "moco_v2"} == {32}
-    assert plan.runs(["table1"], plan.Place("here", "textures", added=["--K", "20"]), [0])
+    assert plan.runs(["table1"], plan.Campaign("here", "textures", added=["--K", "20"]), [0])
 
 
 # Figure 5
@@ -650,4 +650,4 @@ def test_figure_5_labels_slots_without_an_image_and_refuses_other_runs(small, tm
     assert "no such file" in refused(figure5, "none.pt", small)
     others = shutil.copytree(small, tmp_path / "others")
     next(others.rglob("*.*")).rename(others / "renamed.png")
-    assert "holds other images (" in refused(figure5, "out/checkpoint.pt", others)
+    assert "holds different images (" in refused(figure5, "out/checkpoint.pt", others)

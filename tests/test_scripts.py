@@ -61,7 +61,7 @@ def test_from_images_to_accuracy_and_again(small, tmp_path, inside):
     assert "finished already" in again and again.splitlines()[-1] == first.splitlines()[-1]
     again = inside(moco_v2, small, *TINY, "--compile", "--workers", "0", cwd=tmp_path)
     assert "finished already" in again
-    assert "--out out: holds a run with other settings (m 0.99 there, 0.5 here)" in refused(
+    assert "--out out: holds a run with other settings (m was 0.99, is now 0.5)" in refused(
         moco_v2, small, *TINY, "--m", ".5")
     probe = inside(linear_probe, "--quick", "--encoder", "random", "out/checkpoint.pt",
                    cwd=tmp_path).splitlines()

@@ -60,7 +60,7 @@ def contrasts(mean, sample, n, pairs):
 
 
 def decided(spreads, n, pairs, n_cells, repeats, difference=0.):
-    """Share of comparisons of two cells of a place that are decided either way.
+    """Share of comparisons of two cells of a campaign that are decided either way.
 
     A pair (i, None) is the contrast of cell i alone, as for paired samples. `n` is one number or
     one for each cell.

@@ -535,7 +535,7 @@ def test_bad_input_gets_one_line(tmp_path, monkeypatch):
                                        "x 90 pixels: xmin 1, ymin 1, xmax 65, ymax 45"),
             ("<xmin>1<", "<xmin>0<", "a box is empty or outside of the image"),
             ("<name>dog<", "<name>wolf<", "'wolf' is not in list"),
-            ("</annotation>", "", "test1.xml: it or its image cannot be read")]:
+            ("</annotation>", "", "test1.xml: this file or its image is not valid VOC data")]:
         xml.write_text(text.replace(old, new, 1))
         assert line in refused(script, root, *argv)
     xml.unlink()
