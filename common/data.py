@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import math
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -219,7 +220,7 @@ def _read(files, make, tasks, workers, pin=False):
     tasks, requested = itertools.tee(tasks)
     loader = DataLoader(_Files(files, make), batch_sampler=tasks, num_workers=workers,
                         generator=torch.Generator(), pin_memory=pin,
-                        prefetch_factor=4 if workers else None, worker_init_fn=leave_group)
+                        prefetch_factor=4 if workers else None, worker_init_fn=worker_init())
     replaced = set()
     for task, (read, x) in zip(requested, loader):
         for (i, _), j in zip(task, read.tolist()):
@@ -233,13 +234,23 @@ def _read(files, make, tasks, workers, pin=False):
         yield read, x
 
 
-def leave_group(_):
-    """Keep a loader process alive when Ctrl-C or torchrun signals the script's process group.
+def worker_init():
+    """The `worker_init_fn` of a DataLoader in this process."""
+    return functools.partial(_start_worker, os.getpid())
 
-    The script finishes its step first, for which it may need more images.
+
+def _start_worker(parent, _):
+    """Prepare a loader process for the end of the script, whose process ID is `parent`.
+
+    Ctrl-C and torchrun signal the script's process group. The loader process leaves it, because the
+    script finishes its step first, for which it may need more images. A loader process ends when it
+    loses its parent, but PyTorch does not notice that if the script is killed before this point.
     """
     if hasattr(os, "setpgrp"):                                  # not on Windows
         os.setpgrp()
+    # The parent of processes from a fork server is that server.
+    if os.getppid() != parent and multiprocessing.get_start_method() != "forkserver":
+        os._exit(1)
 
 
 @functools.cache                                # once in a process

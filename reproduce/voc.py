@@ -251,7 +251,7 @@ def load(split, batches, *, normalisation, stride, device, workers):
     loader = DataLoader(Batches(split, stride), batch_size=None, sampler=batches,
                         num_workers=0 if in_memory else workers, collate_fn=tuple,
                         pin_memory=device.type == "cuda", generator=torch.Generator(),
-                        worker_init_fn=data.leave_group)
+                        worker_init_fn=data.worker_init())
     for (views, rows), (x, all_boxes) in zip(planned, loader):
         x = (x.to(device, non_blocking=True) / 255 - mean) / std
         targets = []

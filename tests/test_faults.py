@@ -13,6 +13,7 @@ import random
 import re
 import resource
 import runpy
+import select
 import shutil
 import signal
 import subprocess
@@ -662,6 +663,22 @@ def test_if_memory_runs_out_the_line_says_what_to_reduce(
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
         assert (end.value.code, capsys.readouterr().err) == (1, expected)
+
+
+def test_a_worker_ends_if_the_script_is_killed_while_it_starts(tmp_path):
+    """Otherwise it keeps its memory, and whoever reads the script's output waits for ever."""
+    files = image_files(write_folder(tmp_path, 2, (8, 8)))
+    ended, alive = os.pipe()
+    script = os.fork()
+    if not script:                              # PyTorch calls set_num_threads in each new worker
+        torch.set_num_threads = lambda _: (signal.alarm(30), time.sleep(.5))
+        threading.Timer(.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        next(data._read(files, torch.stack, [[(0, None)]], 2))
+        os._exit(0)
+    os.close(alive)
+    assert os.WTERMSIG(os.waitpid(script, 0)[1]) == signal.SIGKILL
+    assert select.select([ended], [], [], 10)[0]                # all copies of `alive` are closed
+    os.close(ended)
 
 
 def test_a_killed_worker_ends_the_run(tmp_path, monkeypatch):
