@@ -161,14 +161,49 @@ def steps(campaign, kept, found):
     return f"Steps of training: {'; '.join(parts)}."
 
 
-def length(campaign, found):
-    """Write length.png: the gain from the projection head against the epochs, with 95 % intervals.
+def known_by_length(campaign):
+    """{"grey from h": {epochs: [accuracy of each run]}}: what features know, by length of training.
 
-    Only lengths with two seeds in both rows are drawn; without any, there is no picture.
+    For grey and rotation; h of both rows of the item `length`, and z. No claim depends on these
+    numbers, so they are not among `results`, all of which enter the intervals of the claims.
+    """
+    kept, cells, found = kept_runs(campaign), plan.cells(campaign.scale), {}
+    features = {"h": ("MoCo v2", "h"), "h, without head": ("(a) without head", "h"),
+                "z": ("MoCo v2", "z")}
+    for question in ("grey", "rotation"):
+        for name, (row, feature) in features.items():
+            for column in plan.columns("length", campaign.scale):
+                start = f"{cells['length', row, column].name}-seed"
+                values = [run["features"][feature][question] for run in kept
+                          if run["name"].startswith(start)
+                          and question in run["features"].get(feature, {})]
+                if values:
+                    by_length = found.setdefault(f"{question} from {name}", {})
+                    by_length[int(column.split()[0])] = values
+    return found
+
+
+def length_table(campaign):
+    """Lines of markdown on `known_by_length`; none if there is nothing."""
+    found = known_by_length(campaign)
+    lengths = sorted({epochs for values in found.values() for epochs in values})
+    lines = [["accuracy, %", *(f"{epochs} epochs" for epochs in lengths)],
+             ["---"] * (len(lengths) + 1)]
+    for name, values in found.items():
+        lines.append([name, *(show(values.get(epochs), None) for epochs in lengths)])
+    return [f"| {' | '.join(line)} |" for line in lines] + [""] if found else []
+
+
+def length(campaign, found):
+    """Write length.png: two plots against the epochs of training.
+
+    Left, the gain in accuracy from the projection head, with 95 % intervals. Right, the accuracy
+    with which features predict whether an image is grey, ± one standard deviation. Only lengths
+    with two seeds in both rows are drawn; without any, there is no picture.
     """
     from matplotlib.figure import Figure                        # slow to import
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     points, prior = [], claims.Judge(found, campaign.scale).priors.get("class")
     for column in plan.columns("length", campaign.scale):
         cells = [found["length", row, column] for row in plan.ROWS["length"]]
@@ -177,14 +212,24 @@ def length(campaign, found):
             points.append((int(column.split()[0]), gain.value, verdicts.half_width(gain, .025)))
     if not points:
         return
-    axis.errorbar(*zip(*points), marker="o", capsize=3)
-    axis.axhline(0, color="gray", linestyle="--")
-    axis.set_xscale("log", base=10)
-    axis.set_xticks([epochs for epochs, *_ in points], [epochs for epochs, *_ in points])
-    axis.minorticks_off()
-    axis.set(xlabel="epochs of training", ylabel="gain from the projection head, points of top-1",
-             title=f"{plan.TITLES['length']}, {campaign.name}")
-    figure.savefig(campaign.folder / "length.png", dpi=110)
+    drawn = [epochs for epochs, *_ in points]
+    axes[0].errorbar(*zip(*points), marker="o", capsize=3)
+    axes[0].axhline(0, color="gray", linestyle="--")
+    axes[0].set(ylabel="gain from the projection head, points of top-1",
+                title=f"{plan.TITLES['length']}, {campaign.name}")
+    for name, values in known_by_length(campaign).items():
+        if name.startswith("grey"):
+            x = [epochs for epochs in drawn if len(values.get(epochs, ())) > 1]
+            axes[1].errorbar(x, [mean(values[epochs]) for epochs in x], marker="o", capsize=3,
+                             yerr=[stdev(values[epochs]) for epochs in x], label=name)
+    axes[1].set(ylabel="accuracy, %", title="Is an image grey?")
+    axes[1].legend()
+    for axis in axes:
+        axis.set_xscale("log", base=10)
+        axis.set_xticks(drawn, drawn)
+        axis.minorticks_off()
+        axis.set_xlabel("epochs of training")
+    figure.savefig(campaign.folder / "length.png", dpi=100)
 
 
 def section3(campaign, found):
@@ -291,6 +336,8 @@ def section(campaign):
             lines += [f"### {title}", "", *shown]
             if item == "figure4":
                 lines += [steps(campaign, kept, found), ""]
+            if item == "length":
+                lines += length_table(campaign)
     return [f"## results/{campaign.name}", "", *lines] if lines else []
 
 

@@ -376,13 +376,22 @@ def test_means_in_the_walkthrough_are_those_of_the_results():
     assert (abs(stated[:, None] - known).min(1) < .056).all()
     losses = [line.split("|")[2:-1] for line in text.splitlines()
               if line.startswith(("| lost from h", "| the same without training"))]
-    found = report.results(plan.Campaign("cifar10-laptop", "cifar10-laptop"), claims.FIRST_SEED)
+    campaign = plan.Campaign("cifar10-laptop", "cifar10-laptop")
+    found = report.results(campaign, claims.FIRST_SEED)
     rows = [(row, feature) for feature in ("hidden", "z") for row in ("MoCo v2", "untrained")]
     for line, (row, feature) in zip(losses, rows, strict=True):
         for what, lost in zip(("class", "grey", "hue", "noise", "rotation"), line, strict=True):
             h, layer = (np.mean(found["section3", f"{row}, {name}", what])
                         for name in ("h", feature))
             assert abs(h - layer - float(lost)) < .0501
+    by_length = report.known_by_length(campaign)
+    for what, start in ("rotation", "From h to z,"), ("grey", "100 epochs, and"):
+        h, z = (by_length[f"{what} from {name}"] for name in ("h", "z"))
+        assert h[10] == found["section3", "MoCo v2, h", what]
+        assert z[10] == found["section3", "MoCo v2, z", what]
+        stated = re.search(rf"{start} ([\d., and]+) (?:points )?of\s+{what}", text)[1]
+        for epochs, lost in zip(h, re.findall(r"[\d.]+", stated), strict=True):
+            assert abs(np.mean(h[epochs]) - np.mean(z[epochs]) - float(lost)) < .0501
 
 
 TRAINING = """
