@@ -26,7 +26,7 @@ SCRIPTS = "moco_v2", "simclr", "instdisc", "linear_probe"
 sys.path.insert(0, str(ROOT))
 
 from common import ddp, textures, train  # noqa: E402
-from common.run import Log  # noqa: E402
+from common.run import Log, Run  # noqa: E402
 
 textures.draw = functools.cache(textures.draw)                  # .7 s per script otherwise
 
@@ -182,6 +182,16 @@ def refused(module, *argv):
 def small(tmp_path_factory):
     """A folder of small class folders, which are kept in memory; for reading only."""
     return write_folder(tmp_path_factory.mktemp("images") / "small", 22, (32, 32))
+
+
+@pytest.fixture(autouse=True)
+def few_curves(request, monkeypatch):
+    """Drawing curves.png takes most of a short run: only tests with "curves" in their names do it.
+
+    Scripts that run in processes of their own draw it, too.
+    """
+    if "curves" not in request.node.name:
+        monkeypatch.setattr(Run, "_draw", lambda run: None)
 
 
 @pytest.fixture

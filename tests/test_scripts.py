@@ -267,7 +267,7 @@ def test_bad_input_of_other_methods_gets_one_line(small, tmp_path, inside):
     assert "note: 3 chunks do not divide the 8 images of a process evenly" in out
 
 
-def test_images_without_labels_are_trained_on_and_not_probed(tmp_path, inside):
+def test_images_without_labels_give_curves_and_are_not_probed(tmp_path, inside):
     (tmp_path / "photos").mkdir()
     for i in range(9):
         image = Image.fromarray(photo(np.random.default_rng(i), 40, 40))
