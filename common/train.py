@@ -297,6 +297,9 @@ def _explain(error, less_memory, workers):
         return "out of memory" + host
     if "DataLoader worker" in text:
         return "a process that reads images was killed, probably for lack of memory" + host
+    if "gloo/transport" in text:                                # on the CPU
+        return ("another process of this run has ended: see its message, then run the same command "
+                "again")
     if isinstance(error, PermissionError):
         return f"{error.filename}: permission denied"
     if isinstance(error, BrokenPipeError):                      # as in `... | head`

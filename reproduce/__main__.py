@@ -27,7 +27,7 @@ import torch
 
 from common import UserError, data, train
 from common.run import UNFINISHED, Log
-from reproduce import plan, report
+from reproduce import claims, plan, report
 
 try:
     import fcntl
@@ -67,7 +67,8 @@ def parse(argv):
 
 def dry_run(campaign, runs, pictures):
     """Print all commands of a campaign, each once."""
-    print(f"# scale {campaign.scale}: {len(runs)} runs")
+    print(f"# scale {campaign.scale}: {len(runs)} runs; only those with seeds from "
+          f"{claims.FIRST_SEED} on are judged")
     commands = [words for name, run in runs.items()
                 for words in plan.commands(name, *run, campaign)]
     for line in dict.fromkeys(map(shlex.join, [*commands, *pictures.values()])):
@@ -147,7 +148,7 @@ def keep(name, script, flags, campaign, description):
 
 
 def execute_all(runs, drawn, campaign, dataset, jobs):
-    """Train, probe and keep what is missing of `runs`, `jobs` at a time; print a line for each.
+    """Train, probe and keep what is missing of `runs`, `jobs` at a time; say which one is at work.
 
     The pictures need the checkpoints of the runs `drawn`, even if their results exist. Returns the
     names of those that failed, or None if a run or this process was told to stop.
@@ -165,7 +166,9 @@ def execute_all(runs, drawn, campaign, dataset, jobs):
     def one(name):
         if stopped.is_set():
             return
-        code = call(plan.commands(name, *runs[name], campaign), campaign.output_file(name))
+        output = campaign.output_file(name)
+        print(f"{name}: started, output in {output.relative_to(plan.ROOT)}", flush=True)
+        code = call(plan.commands(name, *runs[name], campaign), output)
         if code == UNFINISHED:
             stopped.set()
         elif code:

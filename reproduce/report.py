@@ -202,34 +202,40 @@ def length(campaign, found):
     with two seeds in both rows are drawn; without any, there is no picture.
     """
     from matplotlib.figure import Figure                        # slow to import
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    points, prior = [], claims.Judge(found, campaign.scale).priors.get("class")
+    points, labels, prior = [], [], claims.Judge(found, campaign.scale).priors.get("class")
     for column in plan.columns("length", campaign.scale):
         cells = [found["length", row, column] for row in plan.ROWS["length"]]
         if min(len(values) for values in cells) > 1:
             gain = verdicts.contrast([1., -1.], cells, prior)
             points.append((int(column.split()[0]), gain.value, verdicts.half_width(gain, .025)))
+            labels.append(f"{column.split()[0]}\nn = {min(map(len, cells))}")
     if not points:
         return
     drawn = [epochs for epochs, *_ in points]
     axes[0].errorbar(*zip(*points), marker="o", capsize=3)
     axes[0].axhline(0, color="gray", linestyle="--")
     axes[0].set(ylabel="gain from the projection head, points of top-1",
-                title=f"{plan.TITLES['length']}, {campaign.name}")
+                title=f"{plan.TITLES['length']}, 95 % intervals")
     for name, values in known_by_length(campaign).items():
         if name.startswith("grey"):
             x = [epochs for epochs in drawn if len(values.get(epochs, ())) > 1]
             axes[1].errorbar(x, [mean(values[epochs]) for epochs in x], marker="o", capsize=3,
                              yerr=[stdev(values[epochs]) for epochs in x], label=name)
-    axes[1].set(ylabel="accuracy, %", title="Is an image grey?")
-    axes[1].legend()
+    untrained = found["section3", "untrained, h", "grey"]
+    if untrained:
+        axes[1].axhline(mean(untrained), color="gray", linestyle="--",
+                        label="grey from untrained h")
+    axes[1].set(ylabel="accuracy, %", title="Is the image grey? ± one standard deviation")
+    axes[1].legend(loc="center left", bbox_to_anchor=(1, .5), frameon=False)
     for axis in axes:
         axis.set_xscale("log", base=10)
-        axis.set_xticks(drawn, drawn)
+        axis.set_xticks(drawn, labels)
         axis.minorticks_off()
         axis.set_xlabel("epochs of training")
-    figure.savefig(campaign.folder / "length.png", dpi=100)
+    figure.suptitle(campaign.name, fontsize=10)
+    figure.savefig(campaign.folder / "length.png", dpi=90)
 
 
 def section3(campaign, found):

@@ -3,6 +3,7 @@
 `--long` runs the longer trials that docs/reliability.md counts.
 """
 
+import contextlib
 import functools
 import io
 import itertools
@@ -38,7 +39,7 @@ import instdisc
 import linear_probe
 import moco_v2
 import simclr
-from common import UserError, checkpoint, data, ddp
+from common import UserError, checkpoint, data, ddp, train
 from common.model import resnet
 from common.run import Log, differences
 
@@ -104,6 +105,22 @@ def test_torchrun_replaces_a_killed_process_stops_on_request_and_one_process_con
     out = inside(moco_v2, small, *LONG_RUN, "--max-steps", step + 2, cwd=tmp_path)
     assert f"continuing at step {step} of 2000 in out" in out
     assert step_of(path) == step + 2
+
+
+def lose_the_other(path):
+    """Process 0 writes to the file `path` what it says when process 1 has ended."""
+    if not ddp.rank():
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err), pytest.raises(SystemExit):
+            train.launch(lambda _: torch.distributed.all_reduce(torch.ones(1)))
+        path.write_text(err.getvalue())
+    os._exit(0)                                 # without the orderly end, as if killed
+
+
+def test_a_process_says_in_one_line_that_another_has_ended(tmp_path):
+    spawn(lose_the_other, tmp_path / "line")
+    assert (tmp_path / "line").read_text() == (
+        "another process of this run has ended: see its message, then run the same command again\n")
 
 
 def test_if_one_of_two_nodes_is_killed_the_other_ends_and_both_continue(small, tmp_path, long):
