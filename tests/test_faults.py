@@ -109,7 +109,10 @@ def test_torchrun_replaces_a_killed_process_stops_on_request_and_one_process_con
 
 def lose_the_other(path):
     """Process 0 writes to the file `path` what it says when process 1 has ended."""
-    if not ddp.rank():
+    torch.distributed.barrier()                 # both are connected
+    if ddp.rank():
+        time.sleep(.5)
+    else:
         err = io.StringIO()
         with contextlib.redirect_stderr(err), pytest.raises(SystemExit):
             train.launch(lambda _: torch.distributed.all_reduce(torch.ones(1)))
