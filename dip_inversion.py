@@ -2,8 +2,8 @@
 
 For an image x and an encoder f, a network R is trained to turn fixed noise into an image x_rec
 whose features are those of x. R is a Deep Image Prior (Ulyanov et al. 2018): it favours images that
-look natural, so x_rec shows what the features have kept of x. (The paper calls x_rec x', and the
-noise Z.)
+look natural, so x_rec shows what the features have kept of x. The paper writes
+x' for x_rec and Z for the noise.
 
     python dip_inversion.py                     # a laptop: built-in images, three minutes
     python dip_inversion.py IMAGENET            # encoders: the runs of table1a and table1

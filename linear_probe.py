@@ -306,7 +306,7 @@ def quick(args):
             say_row(found, "top1", f"{row}, {feature}")
             file, stem = Path(name), "quick"
             out = args.out or file.is_file() and file.parent / "probe"
-            if file.is_file() and file.name != "checkpoint.pt":     # FAIR's files share a folder
+            if file.is_file() and file.name != "checkpoint.pt":     # such as FAIR's, side by side
                 stem += f"-{file.name.split('.')[0]}"
             if out and ddp.rank() == 0:
                 path = Path(out) / f"{stem}-{feature}.json"

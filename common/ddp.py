@@ -143,8 +143,8 @@ def all_gather_with_grad(x):
     """Like `all_gather`, with gradient: (N, ...) -> (W N, ...).
 
     The gradient is that of the *sum* of the losses of all processes. DDP then averages over
-    processes. So if each process's loss is the mean over its own rows, the result is the gradient
-    of the mean over all rows.
+    processes. If the loss of each process is the mean over its own rows, the result is therefore
+    the gradient of the mean over all rows.
     """
     if world() == 1:
         return x

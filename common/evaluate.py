@@ -25,7 +25,7 @@ def features(encoder, images, *, normalisation, size, device, workers, feature="
     normalise = augment.Augment("none", normalisation=normalisation).to(device)
     most, mine = -(-len(images) // ddp.world()), slice(ddp.rank(), None, ddp.world())
     out, done = torch.zeros(most, encoder.width(feature), device=device), 0
-    batch = batch or (500 if size <= data.SMALL else 100)       # takes less memory than training
+    batch = batch or (500 if size <= data.SMALL else 100)       # needs less memory than training
     for x in data.whole(images.take(mine), size=size, batch=batch, device=device, workers=workers):
         if change:
             x = change(x)

@@ -52,7 +52,7 @@ def head(kind, width, dim=128):
     the MLP with its hidden layer frozen at its uniform initialisation. (c) `deep`:
     fc-ReLU-fc-ReLU-fc. (d) `narrow`: the MLP with a hidden layer of width / 16 (2048 -> 128).
     `identity`: no layer at all, h itself is contrasted. Every row keeps the last layer, which maps
-    to `dim`; the g of the paper's text is what precedes it (docs/choices.md).
+    to `dim`; what the paper's text calls g is the layers before it (docs/choices.md).
     """
     if kind not in HEADS:
         raise UserError(f"head {kind}: expected one of {', '.join(HEADS)}")

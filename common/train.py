@@ -138,7 +138,7 @@ def begin(flags, argv, scales, presets):
     if among and dataset.test is None and not (Path(args.data) / "train").is_dir():
         raise UserError(f"--out {args.out}: lies among the images of {args.data}; expected another "
                         "folder")
-    # As settings, because a run on other images is a different run.
+    # These are settings, because other images make a different run.
     args.images, args.images_hash = len(dataset.train), dataset.hash
     return args, dataset, device
 
@@ -297,7 +297,7 @@ def _explain(error, less_memory, workers):
         return "out of memory" + host
     if "DataLoader worker" in text:
         return "a process that reads images was killed, probably for lack of memory" + host
-    if "gloo/transport" in text:                                # on the CPU
+    if "gloo/transport" in text and "by peer" in text:          # on the CPU
         return ("another process of this run has ended: see its message, then run the same command "
                 "again")
     if isinstance(error, PermissionError):

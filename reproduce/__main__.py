@@ -148,10 +148,11 @@ def keep(name, script, flags, campaign, description):
 
 
 def execute_all(runs, drawn, campaign, dataset, jobs):
-    """Train, probe and keep what is missing of `runs`, `jobs` at a time; say which one is at work.
+    """Train, probe and keep what is missing of `runs`, `jobs` at a time.
 
-    The pictures need the checkpoints of the runs `drawn`, even if their results exist. Returns the
-    names of those that failed, or None if a run or this process was told to stop.
+    Prints a line when a run starts and when it ends. The pictures need the checkpoints of the runs
+    `drawn`, even if their results exist. Returns the names of those that failed, or None if a run
+    or this process was told to stop.
     """
     kept = campaign.folder / "runs"
     kept.mkdir(parents=True, exist_ok=True)

@@ -351,7 +351,7 @@ def commands(name, script, flags, campaign):
 
 
 def pictures(items, campaign, seed):
-    """{item: words of the command that draws it from the runs of a seed}: Figures 2, 3 and 5."""
+    """The commands that draw Figures 2, 3 and 5 from the runs of a seed: {item: [word]}."""
     found = {}
     for item in items:
         if item in PICTURES:

@@ -70,6 +70,19 @@ def kept_runs(campaign):
     return [kept_run(path) for path in sorted(campaign.folder.glob("runs/*.json"))]
 
 
+def accuracies(kept, cell):
+    """What the runs of a cell among `kept` found, in percent; without those that were not asked."""
+    return [run["features"][cell.feature][cell.question] for run in kept
+            if run["name"].startswith(f"{cell.name}-seed")
+            and cell.question in run["features"].get(cell.feature, {})]
+
+
+def markdown(lines):
+    """The lines of a table in markdown; the first of `lines`, lists of texts, is the heading."""
+    heading, *rows = lines
+    return [f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *rows)]
+
+
 def results(campaign, first_seed=0):
     """{(item, row, column): [accuracy in percent of each run with a seed from `first_seed` on]}.
 
@@ -83,10 +96,7 @@ def results(campaign, first_seed=0):
     kept = [run for run in sorted(kept_runs(campaign), key=seed) if seed(run) >= first_seed]
     for (item, row, column), cell in cells.items():
         first = cells[item, next(iter(plan.ROWS[item])), column]
-        found[item, row, column] = [
-            run["features"][cell.feature][cell.question] for run in kept
-            if run["name"].startswith(f"{cell.name}-seed")
-            and cell.question in run["features"].get(cell.feature, {})]
+        found[item, row, column] = accuracies(kept, cell)
         if cell is not first and (cell.name, cell.feature) == (first.name, first.feature):
             found[item, row, column] = None
     return found
@@ -109,18 +119,18 @@ def table(item, campaign, found):
     rows, alone = rows_run(item, found), item == "section3"     # alone: without the paper's numbers
     cells, columns = plan.cells(campaign.scale), plan.columns(item, campaign.scale)
     first_row = next(iter(plan.ROWS[item]))
-    shown = [["", "---", *rows]]                                # column by column
+    shown = [["", *rows]]                                       # column by column
     theirs = plan.columns(item, "imagenet")
     for column, theirs in zip(columns, theirs + columns[len(theirs):]):
         ours = []
         for row in rows:
             baseline = None if alone or row == first_row else found[item, first_row, column]
             ours.append(show(found[item, row, column], baseline))
-        shown.append([column if alone else f"{column}, ours", "---", *ours])
+        shown.append([column if alone else f"{column}, ours", *ours])
         papers = [str(cells[item, row, column].paper or "") for row in rows]
         if any(papers) and not alone:
-            shown.append([f"{theirs}, the paper", "---", *papers])
-    return [f"| {' | '.join(line)} |" for line in zip(*shown)]
+            shown.append([f"{theirs}, the paper", *papers])
+    return markdown(zip(*shown))
 
 
 def figure4(campaign, found):
@@ -161,37 +171,33 @@ def steps(campaign, kept, found):
     return f"Steps of training: {'; '.join(parts)}."
 
 
-def known_by_length(campaign):
+def known_by_length(scale, kept):
     """{"grey from h": {epochs: [accuracy of each run]}}: what features know, by length of training.
 
     For grey and rotation; h of both rows of the item `length`, and z. No claim depends on these
     numbers, so they are not among `results`, all of which enter the intervals of the claims.
     """
-    kept, cells, found = kept_runs(campaign), plan.cells(campaign.scale), {}
+    cells, found = plan.cells(scale), {}
     features = {"h": ("MoCo v2", "h"), "h, without head": ("(a) without head", "h"),
                 "z": ("MoCo v2", "z")}
     for question in ("grey", "rotation"):
         for name, (row, feature) in features.items():
-            for column in plan.columns("length", campaign.scale):
-                start = f"{cells['length', row, column].name}-seed"
-                values = [run["features"][feature][question] for run in kept
-                          if run["name"].startswith(start)
-                          and question in run["features"].get(feature, {})]
-                if values:
+            for column in plan.columns("length", scale):
+                cell = cells["length", row, column]._replace(feature=feature, question=question)
+                if values := accuracies(kept, cell):
                     by_length = found.setdefault(f"{question} from {name}", {})
                     by_length[int(column.split()[0])] = values
     return found
 
 
-def length_table(campaign):
+def length_table(scale, kept):
     """Lines of markdown on `known_by_length`; none if there is nothing."""
-    found = known_by_length(campaign)
+    found = known_by_length(scale, kept)
     lengths = sorted({epochs for values in found.values() for epochs in values})
-    lines = [["accuracy, %", *(f"{epochs} epochs" for epochs in lengths)],
-             ["---"] * (len(lengths) + 1)]
+    lines = [["accuracy, %", *(f"{epochs} epochs" for epochs in lengths)]]
     for name, values in found.items():
         lines.append([name, *(show(values.get(epochs), None) for epochs in lengths)])
-    return [f"| {' | '.join(line)} |" for line in lines] + [""] if found else []
+    return [*markdown(lines), ""] if found else []
 
 
 def length(campaign, found):
@@ -218,7 +224,7 @@ def length(campaign, found):
     axes[0].axhline(0, color="gray", linestyle="--")
     axes[0].set(ylabel="gain from the projection head, points of top-1",
                 title=f"{plan.TITLES['length']}, 95 % intervals")
-    for name, values in known_by_length(campaign).items():
+    for name, values in known_by_length(campaign.scale, kept_runs(campaign)).items():
         if name.startswith("grey"):
             x = [epochs for epochs in drawn if len(values.get(epochs, ())) > 1]
             axes[1].errorbar(x, [mean(values[epochs]) for epochs in x], marker="o", capsize=3,
@@ -276,8 +282,7 @@ def picture_table(path):
             for panel in row["panels"]:
                 silhouette, agreement = panel["silhouette"][0], panel["agreement"][0]
                 lines.append([row["what"], panel["name"], f"{silhouette:.2f}", f"{agreement:.1f}"])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+    return [*markdown(lines), ""]
 
 
 def campaigns():
@@ -343,7 +348,7 @@ def section(campaign):
             if item == "figure4":
                 lines += [steps(campaign, kept, found), ""]
             if item == "length":
-                lines += length_table(campaign)
+                lines += length_table(campaign.scale, kept)
     return [f"## results/{campaign.name}", "", *lines] if lines else []
 
 

@@ -271,7 +271,7 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = False      # every size of images would be timed
     scale, classes, train_split, test_split = voc.open_data(first.data)
     args, f = settings(argv, scale)
-    # As settings, because a run on other images or boxes is a different run.
+    # These are settings, because other images or boxes make a different run.
     args.images = len(train_split)
     args.objects_hash = f"{zlib.crc32(voc.object_rows(train_split).tobytes()):08x}"
     train.check_batch(args.images, args.batch_size, bn_group=1)

@@ -384,7 +384,7 @@ def test_means_in_the_walkthrough_are_those_of_the_results():
             h, layer = (np.mean(found["section3", f"{row}, {name}", what])
                         for name in ("h", feature))
             assert abs(h - layer - float(lost)) < .0501
-    by_length = report.known_by_length(campaign)
+    by_length = report.known_by_length(campaign.scale, report.kept_runs(campaign))
     for what in "rotation", "grey":
         h, z = (by_length[f"{what} from {name}"] for name in ("h", "z"))
         assert h[10] == found["section3", "MoCo v2, h", what]
